@@ -1,0 +1,126 @@
+"""Traces, metrics and logs of one process, by OpenTelemetry.
+
+Spans and metrics are exported over OTLP where the standard variables ask for it
+(`OTEL_EXPORTER_OTLP_ENDPOINT` and its kin); metrics can be scraped by Prometheus
+besides. Neither ever holds a prompt or an answer unless `MIAOTUI_TRACE_CONTENT=1`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from opentelemetry import metrics, propagate, trace
+from opentelemetry.context import Context
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation, View
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+from miaotui import __version__
+
+# Latencies here start at a fraction of a millisecond; the SDK's default buckets do not.
+SECONDS_BUCKETS = [
+    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.075),
+    *(0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0),
+]
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """The providers of this process; `shutdown` flushes what is not exported yet."""
+
+    tracer_provider: TracerProvider
+    meter_provider: MeterProvider
+
+    def shutdown(self) -> None:
+        """Exports what is left and stops; takes at most a few seconds."""
+        self.tracer_provider.shutdown()
+        self.meter_provider.shutdown()
+
+
+def _otlp_wanted(signal: str) -> bool:
+    if os.environ.get(f"OTEL_{signal}_EXPORTER", "otlp") == "none":
+        return False
+    return any(
+        os.environ.get(name)
+        for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT")
+    )
+
+
+def setup_telemetry(service: str, *, instance: str = "") -> Telemetry:
+    """Installs this process's tracer and meter providers, once, at start.
+
+    `service` becomes `service.name`, `instance` (such as "shard-1") `service.instance.id`.
+    """
+    resource = Resource.create(
+        {
+            "service.name": service,
+            "service.namespace": "miaotui",
+            "service.version": __version__,
+            "service.instance.id": instance or f"{service}-{os.getpid()}",
+        }
+    )
+    # The SDK takes the sampler from OTEL_TRACES_SAMPLER; its default keeps every trace.
+    tracer_provider = TracerProvider(resource=resource)
+    if _otlp_wanted("TRACES"):
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+        tracer_provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(tracer_provider)
+
+    readers: list[MetricReader] = [PrometheusMetricReader()]
+    if _otlp_wanted("METRICS"):
+        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+
+        readers.append(PeriodicExportingMetricReader(OTLPMetricExporter()))
+    seconds = ExplicitBucketHistogramAggregation(boundaries=SECONDS_BUCKETS)
+    meter_provider = MeterProvider(
+        resource=resource,
+        metric_readers=readers,
+        views=[View(instrument_unit="s", aggregation=seconds, instrument_name="*")],
+    )
+    metrics.set_meter_provider(meter_provider)
+    return Telemetry(tracer_provider, meter_provider)
+
+
+def setup_logging(service: str, level: str = "INFO") -> None:
+    """One line a record on stderr, with the service's name."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=level.upper(),
+        format=f"%(asctime)s %(levelname)-7s {service} %(name)s: %(message)s",
+        force=True,
+    )
+    # These log each call, at a level that operators leave on.
+    for noisy in ("httpx", "httpcore", "grpc._cython.cygrpc"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def trace_content() -> bool:
+    """Whether spans may hold prompts and answers (`MIAOTUI_TRACE_CONTENT=1`)."""
+    return os.environ.get("MIAOTUI_TRACE_CONTENT", "") == "1"
+
+
+def inject_context(context: Context | None = None) -> dict[str, str]:
+    """The W3C trace headers (`traceparent`, `tracestate`) of the current span."""
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier, context=context)
+    return carrier
+
+
+def extract_context(carrier: Mapping[str, str]) -> Context:
+    """The context that W3C trace headers stand for; an empty one where they are absent."""
+    return propagate.extract(dict(carrier))
+
+
+def current_trace_id() -> str:
+    """The current trace's id as 32 hex digits; empty outside of any trace."""
+    context = trace.get_current_span().get_span_context()
+    return format(context.trace_id, "032x") if context.is_valid else ""
