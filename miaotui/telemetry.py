@@ -22,6 +22,7 @@ from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation, V
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from miaotui import __version__
 
@@ -67,9 +68,11 @@ def setup_telemetry(service: str, *, instance: str = "") -> Telemetry:
             "service.instance.id": instance or f"{service}-{os.getpid()}",
         }
     )
-    # The SDK takes the sampler from OTEL_TRACES_SAMPLER; its default keeps every trace.
-    tracer_provider = TracerProvider(resource=resource)
-    if _otlp_wanted("TRACES"):
+    exported = _otlp_wanted("TRACES")
+    # Exported: the sampler of OTEL_TRACES_SAMPLER, by default every trace. Otherwise spans
+    # only carry their ids from hop to hop, which costs next to nothing.
+    tracer_provider = TracerProvider(resource=resource, sampler=None if exported else ALWAYS_OFF)
+    if exported:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
         tracer_provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
