@@ -1,0 +1,166 @@
+"""Attention over packed sequences: many sequences end to end, none padded.
+
+Everything else in a transformer layer works token by token and does not notice packing, so
+transformers' own layer modules run unchanged on `[1, tokens, hidden]` once their attention
+function keeps the sequences apart. This module registers such a function with transformers'
+`AttentionInterface`; the layers hand their keyword arguments through to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, groupby
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+# The value of `config._attn_implementation` that selects `packed_attention`.
+PACKED_ATTENTION = "miaotui_packed"
+
+_VARLEN_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """How the tokens of a batch divide into sequences.
+
+    `lengths` are the sequences' tokens, in order; sequence i holds the tokens
+    `offsets[i]:offsets[i + 1]`. Made once a batch and shared by all its layers.
+    """
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> PackedSequences:
+        """Return the layout of sequences of the given lengths (each at least 1)."""
+        return cls(tuple(lengths), device)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """First token of each sequence, and the token count as the last element."""
+        return tuple(accumulate(self.lengths, initial=0))
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """(first token, sequences, length) of each run of neighbours of equal length."""
+        runs = []
+        first = 0
+        for length, group in groupby(self.lengths):
+            count = sum(1 for _ in group)
+            runs.append((first, count, length))
+            first += count * length
+        return tuple(runs)
+
+    @cached_property
+    def cumulative(self) -> torch.Tensor:
+        """`offsets` as int32 [sequences + 1] on the device, as varlen kernels take them."""
+        return torch.tensor(self.offsets, dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    packed: PackedSequences,
+    scaling: float | None = None,
+    **_unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Scaled dot-product attention, bidirectional, of each sequence to itself.
+
+    On CUDA in half precision this is one variable-length flash attention call (Dao, 2023,
+    arXiv:2307.08691) where torch offers it. Elsewhere it is one
+    `scaled_dot_product_attention` call for each run of neighbouring sequences of equal
+    length, on views of the packed tensors.
+
+    Args:
+        module: the calling attention module; not used.
+        query: [1, heads, tokens, head_dim]; likewise `key` and `value`.
+        attention_mask: must be None: nothing is padded.
+        packed: how the tokens divide into sequences.
+        scaling: factor on the scores; None: 1/sqrt(head_dim).
+
+    Returns:
+        [1, tokens, heads, head_dim], and None for the weights, as transformers expects.
+    """
+    assert attention_mask is None, "packed sequences are never padded"
+    if _varlen_attention is not None and _fits_varlen(query):
+        output = _varlen_attention(
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            packed.cumulative,
+            packed.cumulative,
+            packed.longest,
+            packed.longest,
+            scale=scaling,
+        )
+        return output[None], None
+    if len(packed.runs) == 1:
+        return _run_attention(query, key, value, packed.runs[0], scaling), None
+    _, heads, tokens, dim = query.shape
+    output = query.new_empty((1, tokens, heads, dim))
+    for run in packed.runs:
+        first, count, length = run
+        end = first + count * length
+        output[:, first:end] = _run_attention(query, key, value, run, scaling)
+    return output, None
+
+
+def _run_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    run: tuple[int, int, int],
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attend within `count` equally long neighbours; [1, count * length, heads, head_dim]."""
+    first, count, length = run
+    heads, dim = query.shape[1], query.shape[3]
+
+    def batched(tensor: torch.Tensor) -> torch.Tensor:
+        part = tensor[0, :, first : first + count * length]
+        return part.view(heads, count, length, dim).transpose(0, 1)
+
+    output: torch.Tensor = scaled_dot_product_attention(
+        batched(query), batched(key), batched(value), scale=scaling
+    )
+    return output.transpose(1, 2).reshape(1, count * length, heads, dim)
+
+
+def _fits_varlen(query: torch.Tensor) -> bool:
+    return (
+        query.is_cuda
+        and query.dtype in _VARLEN_DTYPES
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _find_varlen_attention() -> Callable[..., torch.Tensor] | None:
+    if not torch.cuda.is_available():
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # torch before 2.10
+        return None
+    return cast(Callable[..., torch.Tensor], varlen_attn)
+
+
+_varlen_attention = _find_varlen_attention()
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)

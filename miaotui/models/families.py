@@ -1,0 +1,338 @@
+"""The model families that Miaotui can split, and how each splits into stages.
+
+A family builds a stage's *skeleton*: transformers' own module tree on the meta device (no
+memory) with everything that the stage does not hold cut away. The skeleton's state dict then
+names exactly the tensors to read from the checkpoint, by transformers' own names.
+
+A further kind of family (decoders, say) is another class with the `Family` protocol's members
+and an entry in the registry; loading, fingerprints and partitions work on skeletons and need
+not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForQuestionAnswering
+
+from miaotui.models.attention import PACKED_ATTENTION, PackedSequences
+from miaotui.models.checkpoint import Checkpoint
+from miaotui.models.errors import CheckpointError, UnsupportedModelError
+from miaotui.models.layers import LayerRange
+
+_HEAD = "qa_outputs"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a configuration says about a model's dimensions.
+
+    `max_sequence_length` is in tokens and has RoBERTa's position offset taken off;
+    `type_vocab_size` is 0 where the family has no token types.
+    """
+
+    model_type: str
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    vocab_size: int
+    type_vocab_size: int
+    max_sequence_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A stage's modules. `root`'s state dict names the tensors to load into them.
+
+    `embedding` maps (input_ids, token_type_ids, packed), the first two int64 [tokens], to
+    [tokens, hidden_size]; it and `embeddings` (its modules) are there on the first stage only,
+    `head` ([tokens, hidden_size] to [tokens, 2]) on the last only.
+    """
+
+    root: nn.Module
+    embeddings: tuple[nn.Module, ...]
+    embedding: Embedding | None
+    layers: tuple[nn.Module, ...]
+    head: nn.Module | None
+
+
+class Embedding(Protocol):
+    """Computes a first stage's input activations."""
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        token_type_ids: torch.Tensor | None,
+        packed: PackedSequences,
+    ) -> torch.Tensor:
+        """Return [tokens, hidden_size] for int64 ids [tokens]."""
+        ...
+
+
+class Family(Protocol):
+    """How one of transformers' model types splits into stages."""
+
+    @property
+    def model_type(self) -> str:
+        """Transformers' `model_type`."""
+        ...
+
+    def shape(self, config: Any) -> ModelShape:
+        """Return the model's dimensions; raises `UnsupportedModelError`."""
+        ...
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint that cannot answer questions; raises `UnsupportedModelError`."""
+        ...
+
+    def skeleton(self, config: Any, layers: LayerRange) -> Skeleton:
+        """Return the modules of the stage that holds `layers`, on the meta device."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractiveFamily:
+    """An encoder with a span head, from the BERT lineage.
+
+    Attributes:
+        model_type: transformers' `model_type`.
+        base: attribute of the base model in the question-answering class.
+        stack: attribute path of the layer list below the base model.
+        padded_positions: whether position ids start past the padding id and skip padding
+            tokens (fairseq's convention: RoBERTa, XLM-RoBERTa).
+        token_types: whether the embeddings add token types.
+        projection: attribute of a projection after the embeddings, where there is one.
+    """
+
+    model_type: str
+    base: str
+    stack: str = "encoder"
+    padded_positions: bool = False
+    token_types: bool = True
+    projection: str | None = None
+
+    def shape(self, config: Any) -> ModelShape:
+        """Return the model's dimensions.
+
+        Raises:
+            UnsupportedModelError: the configuration asks for something that the packed
+                computation does not do.
+        """
+        self._check_config(config)
+        offset = config.pad_token_id + 1 if self.padded_positions else 0
+        # DistilBERT's own attribute names are mapped to these by transformers, this one is not.
+        intermediate = getattr(config, "hidden_dim", None) or config.intermediate_size
+        return ModelShape(
+            model_type=self.model_type,
+            layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=intermediate,
+            heads=config.num_attention_heads,
+            vocab_size=config.vocab_size,
+            type_vocab_size=config.type_vocab_size if self.token_types else 0,
+            max_sequence_length=config.max_position_embeddings - offset,
+        )
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint without a question-answering head.
+
+        Raises:
+            UnsupportedModelError: there is no head; the message names what is there instead.
+        """
+        if f"{_HEAD}.weight" in checkpoint.tensors:
+            return
+        heads = sorted(
+            {
+                name.split(".")[0]
+                for name in checkpoint.tensors
+                if not name.startswith((f"{self.base}.", "embeddings.", f"{self.stack}."))
+            }
+        )
+        found = f"it holds {', '.join(heads)} instead" if heads else "it holds the base model only"
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: this {self.model_type} checkpoint has no question-answering "
+            f"head ({_HEAD}.weight); {found}. Use a checkpoint that was fine-tuned for extractive "
+            "question answering"
+        )
+
+    def skeleton(self, config: Any, layers: LayerRange) -> Skeleton:
+        """Return the stage's modules on the meta device, in evaluation mode."""
+        shape = self.shape(config)
+        with torch.device("meta"):
+            root: nn.Module = AutoModelForQuestionAnswering.from_config(
+                config, attn_implementation=PACKED_ATTENTION
+            ).eval()
+        base: Any = root.get_submodule(self.base)
+        first, last = layers.first == 0, layers.end == shape.layers
+        stack = base.get_submodule(f"{self.stack}.layer")
+        assert isinstance(stack, nn.ModuleList)
+        for index in range(shape.layers):
+            if index not in layers:
+                stack[index] = nn.Identity()
+        base.pooler = None
+        embeddings: list[nn.Module] = []
+        embedding: Embedding | None = None
+        if first:
+            embeddings.append(base.get_submodule("embeddings"))
+            project = getattr(base, self.projection, None) if self.projection else None
+            if project is not None:
+                embeddings.append(project)
+            embedding = _BertEmbedding(self, embeddings[0], project, config.pad_token_id)
+        else:
+            base.embeddings = None
+            if self.projection:
+                setattr(base, self.projection, None)
+        if not last:
+            setattr(root, _HEAD, None)
+        _drop_buffers(root)
+        return Skeleton(
+            root=root,
+            embeddings=tuple(embeddings),
+            embedding=embedding,
+            layers=tuple(stack[index] for index in layers),
+            head=root.get_submodule(_HEAD) if last else None,
+        )
+
+    def _check_config(self, config: Any) -> None:
+        problems = []
+        if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
+            problems.append(f"position_embedding_type {config.position_embedding_type!r}")
+        if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+            problems.append("is_decoder / add_cross_attention")
+        if getattr(config, "quantization_config", None):
+            problems.append("quantization_config")
+        if config.num_labels != 2:
+            problems.append(f"{config.num_labels} labels (a span head has 2: start and end)")
+        if self.padded_positions and config.pad_token_id is None:
+            problems.append("no pad_token_id, from which positions are counted")
+        if problems:
+            raise UnsupportedModelError(
+                f"{self.model_type} with {', '.join(problems)} is not supported; "
+                "correct config.json if that is wrong, or use another checkpoint"
+            )
+
+
+class _BertEmbedding:
+    """Calls a BERT-like embeddings module with positions that restart at each sequence."""
+
+    def __init__(
+        self,
+        family: ExtractiveFamily,
+        embeddings: nn.Module,
+        project: nn.Module | None,
+        pad_token_id: int | None,
+    ) -> None:
+        self._family = family
+        self._embeddings = embeddings
+        self._project = project
+        self._pad = pad_token_id
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        token_type_ids: torch.Tensor | None,
+        packed: PackedSequences,
+    ) -> torch.Tensor:
+        if self._family.padded_positions:
+            assert self._pad is not None
+            positions = padded_position_ids(input_ids, packed, self._pad)
+        else:
+            positions = position_ids(packed)
+        arguments = {"input_ids": input_ids[None], "position_ids": positions[None]}
+        if self._family.token_types:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros_like(input_ids)
+            arguments["token_type_ids"] = token_type_ids[None]
+        hidden: torch.Tensor = self._embeddings(**arguments)
+        if self._project is not None:
+            hidden = self._project(hidden)
+        return hidden[0]
+
+
+def position_ids(packed: PackedSequences) -> torch.Tensor:
+    """Return int64 [tokens] that count from 0 within each sequence."""
+    if len(packed.lengths) == 1:
+        return torch.arange(packed.lengths[0], device=packed.device)
+    tokens = torch.arange(packed.offsets[-1], device=packed.device)
+    return tokens - _repeat(tokens[torch.tensor(packed.offsets[:-1], device=packed.device)], packed)
+
+
+def padded_position_ids(
+    input_ids: torch.Tensor, packed: PackedSequences, pad_token_id: int
+) -> torch.Tensor:
+    """Return int64 [tokens] as RoBERTa counts positions within each sequence.
+
+    As transformers' `create_position_ids_from_input_ids` does for an unpadded sequence:
+    from `pad_token_id + 1` on; a token that happens to be the padding id (a text may hold it)
+    gets `pad_token_id` itself and is not counted.
+    """
+    counted = input_ids.ne(pad_token_id).long()
+    running = counted.cumsum(0)
+    if len(packed.lengths) > 1:
+        starts = torch.tensor(packed.offsets[:-1], device=input_ids.device)
+        running = running - _repeat(running[starts] - counted[starts], packed)
+    return running * counted + pad_token_id
+
+
+def _repeat(per_sequence: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
+    lengths = torch.tensor(packed.lengths, device=per_sequence.device)
+    return per_sequence.repeat_interleave(lengths, output_size=packed.offsets[-1])
+
+
+_EXTRACTIVE: Sequence[ExtractiveFamily] = (
+    ExtractiveFamily("bert", base="bert"),
+    ExtractiveFamily("distilbert", base="distilbert", stack="transformer", token_types=False),
+    ExtractiveFamily("roberta", base="roberta", padded_positions=True),
+    ExtractiveFamily("xlm-roberta", base="roberta", padded_positions=True),
+    ExtractiveFamily("electra", base="electra", projection="embeddings_project"),
+)
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _EXTRACTIVE}
+
+
+def find_family(model_type: object, where: object) -> Family:
+    """Return the family of a `model_type`; `where` is named in the error.
+
+    Raises:
+        UnsupportedModelError: no such family is supported.
+    """
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        kind = f"model_type {model_type!r}" if model_type else "a config.json without model_type"
+        raise UnsupportedModelError(
+            f"{where}: {kind} is not supported; supported are {', '.join(sorted(FAMILIES))}, "
+            "each with a question-answering head"
+        )
+    return family
+
+
+def build_config(checkpoint_config: Mapping[str, Any], where: object) -> Any:
+    """Return transformers' configuration object for a parsed `config.json`.
+
+    Never runs code that a checkpoint brings along (`auto_map` is ignored).
+
+    Raises:
+        UnsupportedModelError: the family is not supported.
+        CheckpointError: values in it are of the wrong type or contradict each other.
+    """
+    values = {key: value for key, value in checkpoint_config.items() if key != "auto_map"}
+    family = find_family(values.pop("model_type", None), where)
+    # Memory-saving chunks change nothing in the result and would have to divide the tokens.
+    values["chunk_size_feed_forward"] = 0
+    try:
+        return AutoConfig.for_model(family.model_type, **values)
+    except Exception as error:  # transformers' strict dataclasses raise many kinds
+        raise CheckpointError(f"{where}: config.json is not valid: {error}") from error
+
+
+def _drop_buffers(root: nn.Module) -> None:
+    """Remove constant buffers (position ids, all-zero token types): both are always passed."""
+    for module in root.modules():
+        for name in list(module._buffers):
+            if name in module._non_persistent_buffers_set:
+                delattr(module, name)

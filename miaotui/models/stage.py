@@ -1,0 +1,311 @@
+"""One stage of a model: embeddings if it is the first, a range of layers, head if the last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from miaotui.models.attention import PackedSequences
+from miaotui.models.checkpoint import Checkpoint
+from miaotui.models.errors import BatchError, PartitionError
+from miaotui.models.families import Family, ModelShape, Skeleton, build_config, find_family
+from miaotui.models.fingerprint import model_fingerprint
+from miaotui.models.layers import LayerRange
+from miaotui.models.precision import dtype_name, resolve_device, resolve_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class StageInfo:
+    """Who a stage is and what it holds. Bytes count parameters in the compute dtype."""
+
+    first_layer: int
+    end_layer: int
+    model_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_sequence_length: int
+    model_type: str
+    model_name: str
+    fingerprint: str
+    parameter_bytes: int
+    model_parameter_bytes: int
+    dtype: str
+    device: str
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the stage embeds token ids."""
+        return self.first_layer == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the stage returns span logits."""
+        return self.end_layer == self.model_layers
+
+
+@dataclass(frozen=True, slots=True)
+class StageBatch:
+    """A stage's input: sequences laid end to end, without padding.
+
+    `input_ids` and (optional) `token_type_ids`, integer [tokens], for the first stage;
+    `hidden`, [tokens, hidden_size] of any floating-point type, for the others. `lengths` are
+    the sequences' tokens, in order.
+    """
+
+    lengths: Sequence[int]
+    input_ids: torch.Tensor | None = None
+    token_type_ids: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+
+
+class StageModel:
+    """The modules of one stage, ready to compute. Use from one thread at a time."""
+
+    def __init__(self, skeleton: Skeleton, shape: ModelShape, info: StageInfo) -> None:
+        """Take loaded modules; use `load` instead."""
+        self.info = info
+        self.shape = shape
+        self._skeleton = skeleton
+        self._device = torch.device(info.device)
+        self._dtype = next(skeleton.layers[0].parameters()).dtype
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path | str,
+        layers: LayerRange | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        fingerprint: str | None = None,
+    ) -> StageModel:
+        """Read a stage from a Hugging Face model directory: its own tensors and no others.
+
+        Args:
+            directory: holds `config.json` and safetensors weights.
+            layers: the layers to hold; None: all.
+            dtype: "auto", "float32", "float16" or "bfloat16", or a torch dtype. The head is
+                held and computed in float32 whatever this says: it is tiny, and logits that
+                differ by less than bfloat16 resolves decide between spans.
+            device: "auto", "cpu", "cuda", "cuda:N".
+            fingerprint: the model's, where it is known already; None: computed or cached.
+
+        Raises:
+            UnsupportedModelError: not a family or head that can be served.
+            CheckpointError: files are missing, damaged or do not belong together.
+            PartitionError: the model has no such layers.
+            ValueError: no such dtype or device.
+        """
+        directory = Path(directory)
+        target = resolve_device(device)
+        compute = resolve_dtype(dtype, target)
+        checkpoint = Checkpoint.open(directory)
+        family, config, shape = inspect_model(checkpoint)
+        layers = LayerRange(0, shape.layers) if layers is None else layers
+        if layers.end > shape.layers:
+            raise PartitionError(
+                f"{directory}: layers {layers} asked for, the model has {shape.layers} "
+                f"(0-{shape.layers})"
+            )
+        skeleton = family.skeleton(config, layers)
+        _fill(skeleton, checkpoint, compute, target)
+        info = StageInfo(
+            first_layer=layers.first,
+            end_layer=layers.end,
+            model_layers=shape.layers,
+            hidden_size=shape.hidden_size,
+            vocab_size=shape.vocab_size,
+            max_sequence_length=shape.max_sequence_length,
+            model_type=shape.model_type,
+            model_name=directory.resolve().name,
+            fingerprint=fingerprint or model_fingerprint(directory),
+            parameter_bytes=parameter_bytes(skeleton, compute),
+            model_parameter_bytes=parameter_bytes(
+                family.skeleton(config, LayerRange(0, shape.layers)), compute
+            ),
+            dtype=dtype_name(compute),
+            device=str(target),
+        )
+        return cls(skeleton, shape, info)
+
+    @torch.inference_mode()
+    def run(self, batch: StageBatch) -> torch.Tensor:
+        """Compute what this stage computes.
+
+        Returns:
+            [tokens, hidden_size] in the compute dtype, or on the last stage float32
+            [tokens, 2]: each token's logit to be an answer's first and last. On `info.device`.
+
+        Raises:
+            BatchError: the batch does not fit this stage.
+        """
+        packed = self._pack(batch.lengths)
+        if self._skeleton.embedding is not None:
+            if batch.input_ids is None:
+                raise BatchError("the first stage takes input_ids, and got none")
+            hidden = self._embed(batch.input_ids, batch.token_type_ids, packed)
+        elif batch.hidden is None:
+            raise BatchError(f"the stage of layers {self._range} takes hidden, and got none")
+        else:
+            hidden = self._accept(batch.hidden, packed)
+        hidden = self._layers(hidden, packed)
+        return self._head(hidden) if self._skeleton.head is not None else hidden
+
+    @torch.inference_mode()
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        token_type_ids: torch.Tensor | None,
+        lengths: Sequence[int],
+    ) -> torch.Tensor:
+        """Return the embeddings [tokens, hidden_size] of integer ids [tokens].
+
+        Raises:
+            BatchError: not the first stage; lengths or ids out of range.
+        """
+        return self._embed(input_ids, token_type_ids, self._pack(lengths))
+
+    @torch.inference_mode()
+    def layers(self, hidden: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Return this stage's layers' output [tokens, hidden_size] for such an input.
+
+        Raises:
+            BatchError: lengths or shape do not fit.
+        """
+        packed = self._pack(lengths)
+        return self._layers(self._accept(hidden, packed), packed)
+
+    @torch.inference_mode()
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return float32 span logits [tokens, 2] (start, end) of [tokens, hidden_size].
+
+        Raises:
+            BatchError: not the last stage.
+        """
+        return self._head(hidden)
+
+    def warm_up(self, lengths: Sequence[int] = (16,)) -> None:
+        """Run one batch of made-up tokens, so that no request pays for first-call set-up."""
+        tokens = sum(lengths)
+        if self.info.is_first:
+            batch = StageBatch(lengths, input_ids=torch.zeros(tokens, dtype=torch.int64))
+        else:
+            batch = StageBatch(lengths, hidden=torch.zeros(tokens, self.info.hidden_size))
+        self.run(batch)
+
+    @property
+    def _range(self) -> LayerRange:
+        return LayerRange(self.info.first_layer, self.info.end_layer)
+
+    def _pack(self, lengths: Sequence[int]) -> PackedSequences:
+        limit = self.info.max_sequence_length
+        if not lengths:
+            raise BatchError("the batch holds no sequence")
+        if min(lengths) < 1 or max(lengths) > limit:
+            raise BatchError(
+                f"sequences of {min(lengths)} to {max(lengths)} tokens; this model takes 1 to "
+                f"{limit}"
+            )
+        return PackedSequences.of(lengths, self._device)
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor,
+        token_type_ids: torch.Tensor | None,
+        packed: PackedSequences,
+    ) -> torch.Tensor:
+        if self._skeleton.embedding is None:
+            raise BatchError(f"the stage of layers {self._range} does not embed token ids")
+        ids = self._check_ids(input_ids, "input_ids", self.shape.vocab_size, packed)
+        types = None
+        if token_type_ids is not None and self.shape.type_vocab_size:
+            types = self._check_ids(
+                token_type_ids, "token_type_ids", self.shape.type_vocab_size, packed
+            )
+        return self._skeleton.embedding(ids, types, packed)
+
+    def _check_ids(
+        self, ids: torch.Tensor, name: str, size: int, packed: PackedSequences
+    ) -> torch.Tensor:
+        if ids.shape != (packed.offsets[-1],):
+            raise BatchError(
+                f"{name} has shape {list(ids.shape)}; the lengths call for [{packed.offsets[-1]}]"
+            )
+        # On CUDA an index out of range would bring down the whole process, so it is looked for
+        # here, while the ids still lie on the CPU.
+        low, high = (int(bound) for bound in torch.aminmax(ids))
+        if low < 0 or high >= size:
+            raise BatchError(
+                f"{name} range from {low} to {high}; this model takes 0 to {size - 1}. "
+                "Was the text tokenised for another model?"
+            )
+        return ids.to(device=self._device, dtype=torch.int64)
+
+    def _accept(self, hidden: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
+        expected = (packed.offsets[-1], self.info.hidden_size)
+        if hidden.shape != expected:
+            raise BatchError(
+                f"hidden has shape {list(hidden.shape)}; lengths and model call for "
+                f"{list(expected)}"
+            )
+        return hidden.to(device=self._device, dtype=self._dtype)
+
+    def _layers(self, hidden: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
+        hidden = hidden[None]
+        for layer in self._skeleton.layers:
+            hidden = layer(hidden, None, packed=packed)
+        return hidden[0]
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._skeleton.head is None:
+            raise BatchError(f"the stage of layers {self._range} has no head")
+        logits: torch.Tensor = self._skeleton.head(hidden.to(torch.float32))
+        return logits
+
+
+def inspect_model(checkpoint: Checkpoint) -> tuple[Family, Any, ModelShape]:
+    """Return a checkpoint's family, transformers' configuration, and dimensions.
+
+    Raises:
+        UnsupportedModelError: not a family or head that can be served.
+        CheckpointError: the configuration is not valid.
+    """
+    family = find_family(checkpoint.config.get("model_type"), checkpoint.directory)
+    family.check(checkpoint)
+    config = build_config(checkpoint.config, checkpoint.directory)
+    return family, config, family.shape(config)
+
+
+def parameter_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:
+    """Return the bytes of a stage's parameters; layers in `dtype`, the head in float32."""
+    head = skeleton.head
+    total = sum(parameter.numel() for parameter in skeleton.root.parameters())
+    in_head = 0 if head is None else sum(parameter.numel() for parameter in head.parameters())
+    return (total - in_head) * dtype.itemsize + in_head * torch.float32.itemsize
+
+
+def _fill(
+    skeleton: Skeleton, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Read the skeleton's tensors in place of its meta ones."""
+    head = set() if skeleton.head is None else {id(p) for p in skeleton.head.parameters()}
+    body_shapes: dict[str, tuple[int, ...]] = {}
+    head_shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in skeleton.root.named_parameters():
+        shapes = head_shapes if id(parameter) in head else body_shapes
+        shapes[name] = tuple(parameter.shape)
+    state = checkpoint.read(body_shapes, dtype, device)
+    state |= checkpoint.read(head_shapes, torch.float32, device)
+    skeleton.root.load_state_dict(state, assign=True)
+    skeleton.root.requires_grad_(False)
+    _check_materialised(skeleton.root)
+
+
+def _check_materialised(root: nn.Module) -> None:
+    left = [name for name, tensor in root.state_dict().items() if tensor.is_meta]
+    assert not left, f"tensors were not loaded: {left}"
