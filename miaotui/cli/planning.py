@@ -1,0 +1,1 @@
+"""`miaotui plan`: how a model is split, for a person to see."""
