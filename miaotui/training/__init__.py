@@ -1,0 +1,1 @@
+"""Training of the bundled question-answering model. Not imported by any service."""

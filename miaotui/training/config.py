@@ -1,0 +1,88 @@
+"""What a training run is made of, in one object. Its defaults made the bundled model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Mixture(BaseModel):
+    """Shares of the domains among the questions drawn; they need not sum to 1."""
+
+    model_config = ConfigDict(frozen=True)
+
+    wiki: float
+    amazon: float
+    reddit: float
+    qamr: float
+    cmrc: float
+    drcd: float
+
+    def shares(self) -> dict[str, float]:
+        """Domain to share, summing to 1."""
+        raw: dict[str, float] = self.model_dump()
+        total = sum(raw.values())
+        return {name: value / total for name, value in raw.items()}
+
+
+class TrainConfig(BaseModel):
+    """Everything that decides the trained weights, and where files lie."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: Path = Path("../shared/qa")
+    work: Path = Path(".train/qa")
+    seed: int = 20261124
+    fraction: float = Field(1.0, gt=0, le=1, description="part of the training questions used")
+    threads: int = 2
+
+    vocabulary: int = Field(5900, description="Chinese characters and signs in the vocabulary")
+    align_epochs: int = 3
+
+    steps: int = 2600
+    warmup: int = 100
+    decay_from: int = Field(1700, description="step from which the rate falls linearly to zero")
+    late_from: int = Field(1600, description="step from which the late mixture is drawn")
+    batch: int = 16
+    chunk: int = Field(12, description="batches that are drawn together and sorted by length")
+    early: Mixture = Mixture(wiki=0.21, amazon=0.14, reddit=0.14, qamr=0.22, cmrc=0.15, drcd=0.14)
+    late: Mixture = Mixture(wiki=0.36, amazon=0.13, reddit=0.11, qamr=0.10, cmrc=0.16, drcd=0.14)
+
+    crop_low: int = Field(40, description="fewest passage tokens in a training window")
+    crop_first: int = Field(80, description="most passage tokens at step 0")
+    crop_last: int = Field(208, description="most passage tokens from crop_steps on")
+    crop_steps: int = 1600
+    unanswerable: float = Field(0.12, description="share of questions paired with a wrong passage")
+    mask: float = Field(0.12, description="share of Chinese passage tokens masked and predicted")
+    mask_weight: float = 0.3
+
+    rate: float = 2e-4
+    layer_decay: float = 0.9
+    rate_words: float = 5e-5
+    rate_new: float = 5e-4
+    rate_heads: float = 6e-4
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    dropout: float = 0.0
+    average: float = Field(0.997, description="decay of the running average of the weights")
+
+    max_length: int = 384
+    stride: int = Field(128, description="tokens by which two windows of a passage overlap")
+    max_question: int = 64
+    evaluate_every: int = 360
+    evaluate_questions: int = 50
+    checkpoint_every: int = 100
+
+    def crop(self, step: int) -> int:
+        """Most passage tokens in a window drawn at ``step``."""
+        part = min(1.0, step / max(1, self.crop_steps))
+        return round(self.crop_first + part * (self.crop_last - self.crop_first))
+
+    def factor(self, step: int) -> float:
+        """What the learning rates are multiplied by at ``step``: warm up, stay, fall."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if step < self.decay_from:
+            return 1.0
+        return max(0.0, (self.steps - step) / max(1, self.steps - self.decay_from))

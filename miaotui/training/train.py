@@ -1,0 +1,257 @@
+"""The training loop: batches in, checkpoints and a log out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+
+from miaotui.training import checkpoint
+from miaotui.training.config import TrainConfig
+from miaotui.training.features import Example
+from miaotui.training.loss import collate, losses
+from miaotui.training.model import TrainingModel
+from miaotui.training.sampler import Sampler
+
+log = logging.getLogger(__name__)
+Evaluate = Callable[[TrainingModel], dict[str, float]]
+
+
+def pick_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def parameter_groups(model: TrainingModel, config: TrainConfig) -> list[dict[str, object]]:
+    """Parameters by learning rate: lower layers slower, new rows and heads faster.
+
+    Layer-wise decay after Howard & Ruder (ACL 2018). Biases and norms are not decayed.
+    """
+    layers = model.config.num_hidden_layers
+
+    def rate(name: str) -> float:
+        if name == "words.base":
+            return config.rate_words
+        if name == "words.new":
+            return config.rate_new
+        if not name.startswith("encoder."):
+            return config.rate_heads
+        parts = name.split(".")
+        depth = int(parts[parts.index("layer") + 1]) if "layer" in parts else -1
+        return config.rate * config.layer_decay ** (layers - 1 - depth)
+
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("encoder.embeddings.word_embeddings"):
+            name = name.replace("encoder.embeddings.word_embeddings", "words")
+        decay = 0.0 if parameter.ndim < 2 or name.startswith("words") else config.weight_decay
+        groups.setdefault((rate(name), decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": decay}
+        for (lr, decay), parameters in groups.items()
+    ]
+
+
+def _one_core(device: torch.device) -> None:
+    """Keep a worker thread's operations on one core."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+
+
+class Trainer:
+    """One run: a model, its optimiser, its running average, its place in the data."""
+
+    def __init__(
+        self,
+        model: TrainingModel,
+        sampler: Sampler,
+        config: TrainConfig,
+        evaluate: Evaluate | None = None,
+    ) -> None:
+        self.device = pick_device()
+        self.model = model.to(self.device)
+        self.sampler = sampler
+        self.config = config
+        self.evaluate = evaluate
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, config), betas=(0.9, 0.98), eps=1e-6, fused=True
+        )
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.workers = 1 if self.device.type == "cuda" else config.threads
+        self.pool = ThreadPoolExecutor(self.workers, initializer=_one_core, initargs=(self.device,))
+        self.step = 0
+        self.seconds = 0.0
+        self.average = {n: p.detach().clone() for n, p in self._parameters().items()}
+        self.chunk_taken: dict[str, int] = {}
+        self.stopping = False
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """Where the state lies."""
+        return self.config.work / "checkpoint.pt"
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return {n: p.data for n, p in self.model.named_parameters()}
+
+    def save(self) -> None:
+        """Write the state of this moment."""
+        state = checkpoint.RunState(
+            step=self.step,
+            taken=self.chunk_taken if self.step % self.config.chunk else dict(self.sampler.taken),
+            model=self._parameters(),
+            average=self.average,
+            optimizer=self.optimizer.state_dict(),
+            rng=torch.get_rng_state(),
+            seconds=self.seconds,
+        )
+        checkpoint.save(state, self.checkpoint_path)
+
+    def resume(self) -> None:
+        """Go to where the last checkpoint was written. Raises FileNotFoundError without one."""
+        state = checkpoint.load(self.checkpoint_path)
+        self.step, self.seconds = state.step, state.seconds
+        for name, value in self._parameters().items():
+            value.copy_(state.model[name])
+            self.average[name].copy_(state.average[name])
+        rates = [(g["base_lr"], g["weight_decay"]) for g in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state.optimizer)
+        for group, (lr, decay) in zip(self.optimizer.param_groups, rates, strict=True):
+            group["base_lr"], group["weight_decay"] = lr, decay
+        self.sampler.taken = dict(state.taken)
+        if state.rng is not None:
+            torch.set_rng_state(state.rng)
+
+    def averaged(self) -> TrainingModel:
+        """The model with the running average in place of its weights, until ``restore``."""
+        self._held = {n: p.clone() for n, p in self._parameters().items()}
+        for name, value in self._parameters().items():
+            value.copy_(self.average[name])
+        return self.model.eval()
+
+    def restore(self) -> None:
+        """Undo ``averaged``."""
+        for name, value in self._parameters().items():
+            value.copy_(self._held[name])
+        del self._held
+        self.model.train()
+
+    def run(self) -> None:
+        """Train until ``config.steps``; SIGTERM or SIGINT writes a checkpoint and returns."""
+        config = self.config
+        previous = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.model.train()
+        window: list[tuple[float, float, int]] = []
+        try:
+            while self.step < config.steps and not self.stopping:
+                number, skip = divmod(self.step, config.chunk)
+                self.chunk_taken = dict(self.sampler.taken)
+                for examples in self.sampler.chunk(number)[skip:]:
+                    began = time.monotonic()
+                    span, masked, tokens = self._step(examples)
+                    self.seconds += min(60.0, time.monotonic() - began)
+                    window.append((span, masked, tokens))
+                    if self.step % 20 == 0:
+                        self._report(window)
+                        window.clear()
+                    if self.step >= config.steps or self.stopping:
+                        break
+                    if self.step % config.checkpoint_every == 0:
+                        self.save()
+                    if self.step % config.evaluate_every == 0:
+                        self._evaluate()
+            self.save()
+            if not self.stopping:
+                self._evaluate()
+        finally:
+            for number_, handler in previous.items():
+                signal.signal(number_, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        log.info("signal %d: stopping after this step", number)
+        self.stopping = True
+
+    def _step(self, examples: list[Example]) -> tuple[float, float, int]:
+        config = self.config
+        factor = config.factor(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        span, masked, tokens = self._gradients(examples)
+        if not math.isfinite(span + masked):
+            raise FloatingPointError(f"the losses are {span} and {masked} at step {self.step}")
+        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        keep = min(config.average, self.step / (self.step + 10))
+        parameters = self._parameters()
+        torch._foreach_lerp_(
+            [self.average[n] for n in parameters], list(parameters.values()), 1 - keep
+        )
+        return span, masked, tokens
+
+    def _gradients(self, examples: list[Example]) -> tuple[float, float, int]:
+        """Set the gradients of a batch; its mean losses and its tokens.
+
+        On CPU each thread takes every n-th example and one core: they meet once a step rather
+        than once an operation, which is faster, and much faster on a machine others use too.
+        """
+        parts = [examples[i :: self.workers] for i in range(self.workers)]
+        results = list(self.pool.map(self._part, (p for p in parts if p)))
+        for i, parameter in enumerate(self.trained):
+            gradients = [
+                g * (len(part) / len(examples))
+                for part, (_, _, _, all_) in zip(parts, results, strict=False)
+                if (g := all_[i]) is not None
+            ]
+            parameter.grad = sum(gradients[1:], gradients[0]) if gradients else None
+        span, masked = (
+            sum(r[k] * len(p) for p, r in zip(parts, results, strict=False)) / len(examples)
+            for k in (0, 1)
+        )
+        return span, masked, sum(r[2] for r in results)
+
+    def _part(self, examples: list[Example]) -> tuple[float, float, int, tuple[Tensor | None, ...]]:
+        batch = collate(examples).to(self.device)
+        with torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"
+        ):
+            span, masked = losses(self.model, batch)
+        loss = span + self.config.mask_weight * masked
+        gradients = torch.autograd.grad(loss, self.trained, allow_unused=True)
+        return float(span.detach()), float(masked.detach()), int(batch.mask.sum()), gradients
+
+    def _report(self, window: list[tuple[float, float, int]]) -> None:
+        count = len(window)
+        left = (self.config.steps - self.step) * self.seconds / self.step
+        self._log(
+            {
+                "step": self.step,
+                "loss": sum(w[0] for w in window) / count,
+                "masked_loss": sum(w[1] for w in window) / count,
+                "tokens": sum(w[2] for w in window),
+                "seconds": round(self.seconds, 1),
+                "left": f"{left / 60:.0f} min",
+            }
+        )
+
+    def _evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        scores = self.evaluate(self.averaged())
+        self.restore()
+        self._log({"step": self.step, "dev": scores, "taken": self.sampler.taken})
+
+    def _log(self, record: dict[str, object]) -> None:
+        log.info("%s", record)
+        self.config.work.mkdir(parents=True, exist_ok=True)
+        with (self.config.work / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
