@@ -1,0 +1,1 @@
+"""A stage's work: scheduling, batches, compute. Plain Python: no gRPC, no HTTP."""

@@ -1,0 +1,216 @@
+"""Tensors to raw little-endian bytes and back, without copies or per-element conversion."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+# Element types on the wire, by the names that the protocol's Dtype has them under.
+WIRE_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in WIRE_DTYPES.items()}
+
+# No tensor on the wire has more dimensions, or comes near this many bytes.
+_MAX_DIMENSIONS = 8
+_MAX_BYTES = 1 << 40
+
+if sys.byteorder != "little":  # pragma: no cover - torch runs on little-endian machines
+    raise ImportError("Miaotui's tensors travel as little-endian bytes; this machine is not")
+
+
+class TensorFormatError(ValueError):
+    """A tensor's dtype, shape and bytes contradict each other or cannot be accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class WireTensor:
+    """A tensor as it travels: dtype name, shape, and its bytes in row-major order.
+
+    `data` is a flat view (format "B") of the tensor's own memory and keeps it alive.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    @property
+    def nbytes(self) -> int:
+        """Length of `data`."""
+        return self.data.nbytes
+
+
+def to_wire(tensor: torch.Tensor, dtype: str | None = None) -> WireTensor:
+    """Return a tensor's bytes; no copy for a contiguous CPU tensor already of that dtype.
+
+    Args:
+        tensor: floating-point, of any shape, on any device.
+        dtype: element type on the wire, a key of `WIRE_DTYPES`; None: the tensor's own.
+
+    Raises:
+        TensorFormatError: the dtype is not one that travels.
+    """
+    target = tensor.dtype if dtype is None else _wire_dtype(dtype)
+    if target not in _NAMES:
+        raise TensorFormatError(
+            f"tensors of {target} do not travel; convert to one of {', '.join(WIRE_DTYPES)}"
+        )
+    ready = tensor.detach().to(device="cpu", dtype=target).contiguous()
+    flat = ready.view(-1) if ready.dim() else ready.view(1)
+    return WireTensor(_NAMES[target], tuple(ready.shape), flat.view(torch.uint8).numpy().data)
+
+
+def from_wire(
+    data: bytes | bytearray | memoryview, dtype: str, shape: Sequence[int]
+) -> torch.Tensor:
+    """Return the tensor that bytes on the wire hold, over the same memory where possible.
+
+    The tensor keeps `data` alive and must be treated as read-only: `data` may be immutable.
+    It is copied only where its address is not a multiple of the element size.
+
+    Args:
+        data: the tensor's bytes, contiguous.
+        dtype: element type, a key of `WIRE_DTYPES`.
+        shape: dimensions, outermost first.
+
+    Raises:
+        TensorFormatError: unknown dtype, impossible shape, or another number of bytes than
+            dtype and shape call for.
+    """
+    target = _wire_dtype(dtype)
+    expected = checked_nbytes(dtype, shape)
+    view = memoryview(data)
+    if not view.contiguous:
+        raise TensorFormatError("the tensor's bytes are not contiguous in memory")
+    if view.nbytes != expected:
+        raise TensorFormatError(
+            f"a {dtype} tensor of shape {list(shape)} has {expected} bytes, got {view.nbytes}"
+        )
+    if expected == 0:
+        return torch.empty(tuple(shape), dtype=target)
+    flat = torch.frombuffer(view.cast("B"), dtype=torch.uint8)
+    if flat.data_ptr() % target.itemsize:
+        flat = flat.clone()
+    return flat.view(target).view(tuple(shape))
+
+
+def checked_nbytes(dtype: str, shape: Sequence[int]) -> int:
+    """Return the bytes that a tensor of this dtype and shape has.
+
+    To be called on a header before memory is set aside for what it announces.
+
+    Raises:
+        TensorFormatError: unknown dtype; negative, too many or too large dimensions.
+    """
+    itemsize = _wire_dtype(dtype).itemsize
+    if len(shape) > _MAX_DIMENSIONS or any(n < 0 or n > _MAX_BYTES for n in shape):
+        raise TensorFormatError(
+            f"{list(shape)[: _MAX_DIMENSIONS + 1]} is not an acceptable shape: at most "
+            f"{_MAX_DIMENSIONS} dimensions, none negative or above {_MAX_BYTES}"
+        )
+    nbytes = math.prod(shape) * itemsize
+    if nbytes > _MAX_BYTES:
+        raise TensorFormatError(
+            f"a {dtype} tensor of shape {list(shape)} would have {nbytes} bytes; "
+            f"at most {_MAX_BYTES} are accepted"
+        )
+    return nbytes
+
+
+def token_ids_from_wire(sequences: Iterable[bytes]) -> tuple[torch.Tensor, list[int]]:
+    """Return int64 ids [tokens] of sequences laid end to end, and their lengths.
+
+    Args:
+        sequences: little-endian int32, one a token, one item a sequence.
+
+    Raises:
+        TensorFormatError: a sequence is empty or not of whole int32.
+    """
+    arrays = []
+    for index, data in enumerate(sequences):
+        if not data or len(data) % 4:
+            raise TensorFormatError(
+                f"input_ids of sequence {index} have {len(data)} bytes; send 4 (little-endian "
+                "int32) for each of one or more tokens"
+            )
+        arrays.append(np.frombuffer(data, dtype="<i4"))
+    if not arrays:
+        raise TensorFormatError("no sequences; send at least one")
+    ids = torch.from_numpy(np.concatenate(arrays, dtype=np.int64))
+    return ids, [len(array) for array in arrays]
+
+
+def token_types_from_wire(sequences: Sequence[bytes], lengths: Sequence[int]) -> torch.Tensor:
+    """Return int64 token types [tokens] of sequences laid end to end.
+
+    Args:
+        sequences: one byte a token, one item a sequence; an empty item means all zeros.
+        lengths: tokens of each sequence.
+
+    Raises:
+        TensorFormatError: an item is neither empty nor as long as its sequence.
+    """
+    if len(sequences) != len(lengths):
+        raise TensorFormatError(f"token types of {len(sequences)} sequences, not {len(lengths)}")
+    types = np.zeros(sum(lengths), dtype=np.int64)
+    first = 0
+    for index, (data, length) in enumerate(zip(sequences, lengths, strict=True)):
+        if data:
+            if len(data) != length:
+                raise TensorFormatError(
+                    f"token_type_ids of sequence {index} have {len(data)} bytes; send one for "
+                    f"each of its {length} tokens, or none"
+                )
+            types[first : first + length] = np.frombuffer(data, dtype=np.uint8)
+        first += length
+    return torch.from_numpy(types)
+
+
+def span_logits_to_wire(
+    logits: torch.Tensor, lengths: Sequence[int]
+) -> list[tuple[memoryview, memoryview]]:
+    """Return each sequence's (start, end) logits as little-endian float32 bytes.
+
+    Args:
+        logits: [tokens, 2] of sequences laid end to end.
+        lengths: tokens of each sequence.
+
+    Raises:
+        TensorFormatError: shape and lengths contradict each other.
+    """
+    if logits.shape != (sum(lengths), 2):
+        raise TensorFormatError(
+            f"span logits of shape {list(logits.shape)}; the lengths call for [{sum(lengths)}, 2]"
+        )
+    rows = logits.detach().to(device="cpu", dtype=torch.float32).t().contiguous()
+    data = rows.view(torch.uint8).numpy().reshape(2, -1)
+    result = []
+    first = 0
+    for length in lengths:
+        part = slice(4 * first, 4 * (first + length))
+        result.append((data[0, part].data, data[1, part].data))
+        first += length
+    return result
+
+
+def _wire_dtype(name: str) -> torch.dtype:
+    dtype = WIRE_DTYPES.get(name)
+    if dtype is None:
+        raise TensorFormatError(
+            f"{name!r} is not a dtype on the wire; use one of {', '.join(WIRE_DTYPES)}"
+        )
+    return dtype
+
+
+# torch warns once a process when it wraps read-only memory; the first time is here, unheard.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)

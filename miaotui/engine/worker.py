@@ -1,0 +1,197 @@
+"""The thread that owns a stage's model, and the bounded queue before it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from miaotui.engine.threads import available_cores, threads_for
+from miaotui.models.stage import StageBatch
+
+
+class QueueFullError(Exception):
+    """The worker's queue is full: nothing was done, try again later."""
+
+
+class WorkerClosedError(Exception):
+    """The worker is shutting down and takes nothing new."""
+
+
+class Model(Protocol):
+    """What a worker computes with; `miaotui.models.stage.StageModel` is one."""
+
+    def run(self, batch: StageBatch) -> torch.Tensor:
+        """Return the stage's output for a batch."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A batch's output and when it was computed.
+
+    `output` is what `StageModel.run` returned. `submitted`, `started` and `finished` are
+    readings of `time.monotonic()` in seconds: between the first two the batch waited, between
+    the last two it was computed, on `threads` cores.
+    """
+
+    output: torch.Tensor
+    submitted: float
+    started: float
+    finished: float
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    batch: StageBatch
+    in_flight: int
+    future: Future[Computed]
+    submitted: float
+
+
+class ComputeWorker:
+    """Computes batches one after another on a thread of its own, in the order submitted.
+
+    The thread is the only one that touches the model, so an event loop never computes; torch
+    releases the GIL while it does. Every batch says how many are in the pipeline, from which
+    follows how many cores it may use (see `threads_for`).
+
+    Thread-safe. `submit` must not be called from a future's callback.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        capacity: int = 64,
+        colocated_stages: int = 1,
+        cores: int | None = None,
+        name: str = "compute",
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            model: from now on this worker's alone.
+            capacity: batches that may wait, besides the one being computed.
+            colocated_stages: stages on this machine, this one included.
+            cores: cores that they share; None: those that this process may use.
+            name: the thread's name, for debuggers and profilers.
+
+        Raises:
+            ValueError: a number is below 1.
+        """
+        cores = available_cores() if cores is None else cores
+        if min(capacity, colocated_stages, cores) < 1:
+            raise ValueError(
+                f"capacity {capacity}, colocated_stages {colocated_stages} and cores {cores} "
+                "must be at least 1"
+            )
+        self.capacity = capacity
+        self.colocated_stages = colocated_stages
+        self.cores = cores
+        self._model = model
+        self._jobs: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._busy = False
+        # A daemon, so that a batch that never ends cannot keep a process from exiting.
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, batch: StageBatch, *, in_flight: int = 1) -> Future[Computed]:
+        """Queue a batch and return its future, without blocking.
+
+        The future's callbacks run on the worker's thread and must be brief; an asyncio
+        service uses `asyncio.wrap_future`. Cancelling the future before its turn drops the
+        batch; one that is being computed runs to its end. An error of the model's becomes
+        the future's.
+
+        Args:
+            batch: the stage's input.
+            in_flight: batches in the pipeline now, this one included.
+
+        Raises:
+            QueueFullError: `capacity` batches are waiting.
+            WorkerClosedError: `close` has been called.
+        """
+        job = _Job(batch, in_flight, Future(), time.monotonic())
+        with self._changed:
+            if self._closed:
+                raise WorkerClosedError("the compute worker is shutting down")
+            if len(self._jobs) >= self.capacity:
+                # What was cancelled keeps its place only until someone needs it.
+                self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
+            if len(self._jobs) >= self.capacity:
+                raise QueueFullError(
+                    f"{self.capacity} batches are waiting to be computed; try again later"
+                )
+            self._jobs.append(job)
+            self._changed.notify()
+        return job.future
+
+    @property
+    def waiting(self) -> int:
+        """Batches that wait for their turn; cancelled ones are not counted."""
+        with self._changed:
+            return sum(not job.future.cancelled() for job in self._jobs)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a batch is being computed."""
+        return self._busy
+
+    def close(self, *, drain: bool = False, timeout: float | None = 30.0) -> bool:
+        """Take nothing new, and wait until the thread has ended.
+
+        Args:
+            drain: compute what waits; otherwise its futures are cancelled.
+            timeout: longest wait in seconds; None: no limit.
+
+        Returns:
+            Whether the thread has ended.
+        """
+        with self._changed:
+            self._closed = True
+            dropped = [] if drain else list(self._jobs)
+            if not drain:
+                self._jobs.clear()
+            self._changed.notify()
+        for job in dropped:
+            job.future.cancel()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _loop(self) -> None:
+        while (job := self._next()) is not None:
+            if job.future.set_running_or_notify_cancel():
+                self._compute(job)
+            # The tensors are the caller's: this thread must not keep them alive while idle.
+            del job
+
+    def _next(self) -> _Job | None:
+        with self._changed:
+            self._busy = False
+            while not self._jobs:
+                if self._closed:
+                    return None
+                self._changed.wait()
+            self._busy = True
+            return self._jobs.popleft()
+
+    def _compute(self, job: _Job) -> None:
+        started = time.monotonic()
+        threads = threads_for(job.in_flight, self.colocated_stages, self.cores)
+        try:
+            if threads != torch.get_num_threads():
+                torch.set_num_threads(threads)
+            output = self._model.run(job.batch)
+        except Exception as error:  # noqa: BLE001 - whoever waits for the batch gets it
+            job.future.set_exception(error)
+            return
+        job.future.set_result(Computed(output, job.submitted, started, time.monotonic(), threads))
