@@ -1,0 +1,62 @@
+"""Many questions at once, each answered or refused by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, TypeAlias
+
+from opentelemetry import trace
+
+from gateway.errors import GatewayError
+from gateway.pipeline import Pipeline
+from gateway.schema import QaRequest, QaResponse
+
+log = logging.getLogger(__name__)
+_tracer = trace.get_tracer("miaotui.gateway")
+
+Outcome: TypeAlias = QaResponse | GatewayError
+
+
+async def run_batch(
+    pipeline: Pipeline,
+    items: Sequence[Any],
+    parse: Callable[[int, Any], QaRequest],
+    request_id: str,
+    timeout: float,
+    concurrency: int,
+) -> AsyncGenerator[tuple[int, Outcome]]:
+    """Yields (index, outcome) as each item is done, in any order.
+
+    `parse` turns an item into a request or raises `GatewayError`; `timeout` is for each
+    item, in seconds. Closing the generator cancels what is still being worked on.
+    """
+
+    async def one(index: int) -> Outcome:
+        try:
+            request = parse(index, items[index])
+            with _tracer.start_as_current_span(
+                "batch item", attributes={"miaotui.batch.index": index}
+            ):
+                return await pipeline.answer(request, f"{request_id}.{index}", timeout)
+        except GatewayError as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - one item must not end the others
+            log.error("item %d of request %s: %s", index, request_id, type(error).__name__)
+            return GatewayError("internal", "Something went wrong that should not.")
+
+    async def work() -> None:
+        for index in remaining:
+            done.put_nowait((index, await one(index)))
+
+    remaining = iter(range(len(items)))
+    done: asyncio.Queue[tuple[int, Outcome]] = asyncio.Queue()
+    workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(items)))]
+    try:
+        for _ in items:
+            yield await done.get()
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)

@@ -1,0 +1,1 @@
+"""Answer cache and prompt cache, embedded or in Redis."""

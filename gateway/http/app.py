@@ -1,0 +1,265 @@
+"""The HTTP API: routes and what they do."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.batch import Outcome, run_batch
+from gateway.errors import FieldError, GatewayError
+from gateway.http.body import read_json
+from gateway.http.middleware import RequestScope
+from gateway.http.openapi import openapi_document
+from gateway.http.page import Page
+from gateway.http.problems import catalogue, problem_of, problem_response
+from gateway.http.views import (
+    ALIVE,
+    BATCH_LINE,
+    MODELS,
+    PIPELINE,
+    Alive,
+    BatchLine,
+    models_of,
+    pipeline_of,
+)
+from gateway.metrics import GatewayMetrics
+from gateway.pipeline import Pipeline
+from gateway.schema import QA_RESPONSE, QaRequest, QaResponse, invalid, parse_request
+from gateway.settings import GatewaySettings
+from gateway.upstream import Upstream
+
+T = TypeVar("T")
+JSON = "application/json"
+NDJSON = "application/x-ndjson"
+SSE = "text/event-stream"
+WEB = Path(__file__).parent.parent / "web"
+
+
+class HttpApi:
+    """The endpoints."""
+
+    def __init__(self, settings: GatewaySettings, upstream: Upstream, pipeline: Pipeline) -> None:
+        self._settings = settings
+        self._upstream = upstream
+        self._pipeline = pipeline
+        self._openapi = to_json(openapi_document(settings))
+        self._pages = {name: Page(WEB / name) for name in ("index.html", "docs.html")}
+        self._problems = {str(entry["type"]): entry for entry in catalogue()}
+
+    async def ask(self, request: Request) -> Response:
+        """POST /v1/qa"""
+        timeout = _timeout(request, self._settings)
+        question = parse_request(await read_json(request, self._settings), self._settings)
+        work = self._pipeline.answer(question, _request_id(request), timeout)
+        answer = await _unless_gone(request.receive, work)
+        return _json(QA_RESPONSE.dump_json(answer))
+
+    async def ask_batch(self, request: Request) -> Response:
+        """POST /v1/qa/batch"""
+        timeout = _timeout(request, self._settings)
+        items = _items(await read_json(request, self._settings), self._settings)
+
+        def parse(index: int, item: Any) -> QaRequest:
+            return parse_request(item, self._settings, f"/requests/{index}")
+
+        results = run_batch(
+            self._pipeline,
+            items,
+            parse,
+            _request_id(request),
+            timeout,
+            self._settings.batch_concurrency,
+        )
+        accepted = request.headers.get("accept", "")
+        return _ResultStream(results, _request_id(request), SSE if SSE in accepted else NDJSON)
+
+    async def healthz(self, _: Request) -> Response:
+        """GET /healthz"""
+        return _json(ALIVE.dump_json(Alive("ok")))
+
+    async def readyz(self, request: Request) -> Response:
+        """GET /readyz"""
+        if self._upstream.served is None:
+            raise GatewayError("unavailable", self._upstream.reason)
+        return _json(MODELS.dump_json(models_of(self._upstream)))
+
+    async def metrics(self, _: Request) -> Response:
+        """GET /metrics"""
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    async def models(self, _: Request) -> Response:
+        """GET /v1/models"""
+        return _json(MODELS.dump_json(models_of(self._upstream)))
+
+    async def pipeline(self, _: Request) -> Response:
+        """GET /v1/pipeline"""
+        return _json(PIPELINE.dump_json(pipeline_of(self._upstream)))
+
+    async def openapi(self, _: Request) -> Response:
+        """GET /openapi.json"""
+        return _json(self._openapi)
+
+    async def problem(self, request: Request) -> Response:
+        """GET /problems/{slug}"""
+        entry = self._problems.get(f"/problems/{request.path_params['slug']}")
+        if entry is None:
+            raise GatewayError("not-found", "There is no such kind of problem.")
+        return _json(to_json(entry))
+
+    async def page(self, _: Request) -> Response:
+        """GET /"""
+        return self._pages["index.html"].response()
+
+    async def docs(self, _: Request) -> Response:
+        """GET /docs"""
+        return self._pages["docs.html"].response()
+
+    def routes(self) -> list[Route]:
+        """All routes; those of /openapi.json are checked against it by a test."""
+        return [
+            Route("/v1/qa", self.ask, methods=["POST"]),
+            Route("/v1/qa/batch", self.ask_batch, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/v1/pipeline", self.pipeline),
+            Route("/healthz", self.healthz),
+            Route("/readyz", self.readyz),
+            Route("/metrics", self.metrics),
+            Route("/problems/{slug}", self.problem),
+            Route("/openapi.json", self.openapi),
+            Route("/", self.page, include_in_schema=False),
+            Route("/docs", self.docs, include_in_schema=False),
+        ]
+
+
+def build_app(
+    settings: GatewaySettings, upstream: Upstream, pipeline: Pipeline, metrics: GatewayMetrics
+) -> ASGIApp:
+    """The ASGI application."""
+    routes = HttpApi(settings, upstream, pipeline).routes()
+    handlers: Mapping[Any, Any] = {GatewayError: _on_error, HTTPException: _on_http_error}
+    router = ExceptionMiddleware(Router(routes, redirect_slashes=False), handlers=handlers)
+    paths = {route.endpoint: route.path for route in routes}
+    return RequestScope(router, metrics, paths)
+
+
+def _on_error(request: Request, error: GatewayError) -> Response:
+    return problem_response(error, _request_id(request))
+
+
+def _on_http_error(request: Request, error: HTTPException) -> Response:
+    if error.status_code == 405:
+        failure = GatewayError("method-not-allowed", "This path knows other methods.")
+    elif error.status_code == 404:
+        failure = GatewayError("not-found", "Nothing is served under this path.")
+    else:
+        failure = GatewayError("internal", "Something went wrong that should not.")
+    return problem_response(failure, _request_id(request), dict(error.headers or {}))
+
+
+def _request_id(request: Request) -> str:
+    return str(request.scope["state"]["request_id"])
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, headers={"Cache-Control": "no-store"}, media_type=JSON)
+
+
+def _timeout(request: Request, settings: GatewaySettings) -> float:
+    given = request.headers.get("x-request-timeout")
+    if given is None:
+        return settings.request_timeout
+    seconds = math.nan
+    with suppress(ValueError):
+        seconds = float(given)
+    if not 0 < seconds <= settings.max_request_timeout:
+        limit = f"{settings.max_request_timeout:g}"
+        raise GatewayError(
+            "invalid-header",
+            f"X-Request-Timeout must be a number of seconds above 0 and at most {limit}.",
+        )
+    return seconds
+
+
+def _items(body: Any, settings: GatewaySettings) -> list[Any]:
+    if not isinstance(body, dict):
+        raise invalid([FieldError("", "must be a JSON object")])
+    items, limit = body.get("requests"), settings.max_batch_items
+    if set(body) - {"requests"}:
+        raise invalid([FieldError("", "unknown field; allowed are: requests")])
+    if not isinstance(items, list) or not 1 <= len(items) <= limit:
+        raise invalid([FieldError("/requests", f"must be a list of 1 to {limit} questions")])
+    return items
+
+
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Awaits `work`, and cancels it when the caller closes the connection."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise GatewayError("client-closed", "The caller went away.")
+        return task.result()
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class _ResultStream(Response):
+    """Sends each result as it comes, and stops the work when the caller goes."""
+
+    def __init__(
+        self, results: AsyncGenerator[tuple[int, Outcome]], request_id: str, media_type: str
+    ) -> None:
+        super().__init__(
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}, media_type=media_type
+        )
+        del self.headers["content-length"]
+        self._results = results
+        self._request_id = request_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(GatewayError):
+            await _unless_gone(receive, self._stream(send))
+
+    async def _stream(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        try:
+            async for index, outcome in self._results:
+                body = self._line(index, outcome)
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+            last = b"event: done\ndata: {}\n\n" if self.media_type == SSE else b""
+            await send({"type": "http.response.body", "body": last, "more_body": False})
+        finally:
+            await self._results.aclose()
+
+    def _line(self, index: int, outcome: Outcome) -> bytes:
+        if isinstance(outcome, QaResponse):
+            line = BatchLine(index, response=outcome)
+        else:
+            line = BatchLine(index, error=problem_of(outcome, f"{self._request_id}.{index}"))
+        data = BATCH_LINE.dump_json(line, exclude_none=True)
+        if self.media_type == SSE:
+            return b"event: result\nid: %d\ndata: %s\n\n" % (index, data)
+        return data + b"\n"

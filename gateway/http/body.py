@@ -1,0 +1,109 @@
+"""Reading a request's body within bounds, and JSON that means one thing only."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, NoReturn
+
+from starlette.requests import ClientDisconnect, Request
+
+from gateway.errors import GatewayError
+from gateway.settings import GatewaySettings
+
+# A client that is still sending cannot read its refusal, and a reset would lose it: so
+# this much of a body that is too large is read, for this long, and thrown away.
+_DRAIN_FACTOR = 16
+_DRAIN_SECONDS = 2.0
+
+
+async def read_json(request: Request, settings: GatewaySettings) -> Any:
+    """The body's JSON. Raises `GatewayError` naming what is wrong with type, size or syntax."""
+    _check_type(request)
+    return parse_json(await _read(request, settings))
+
+
+def _check_type(request: Request) -> None:
+    media_type, *parameters = request.headers.get("content-type", "").lower().split(";")
+    if media_type.strip() != "application/json":
+        raise GatewayError("unsupported-media-type", "The body must be JSON.")
+    for parameter in parameters:
+        name, _, value = parameter.strip().partition("=")
+        if name == "charset" and value.strip('"') not in ("utf-8", "utf8"):
+            raise GatewayError("unsupported-media-type", "The body must be in UTF-8.")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise GatewayError("unsupported-media-type", "The body must not be compressed.")
+
+
+async def _read(request: Request, settings: GatewaySettings) -> bytes:
+    limit = settings.max_body_bytes
+    too_large = GatewayError("body-too-large", f"The body has more than {limit} bytes.")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit):
+        # With "Expect: 100-continue" nothing has been sent yet, nor need it be.
+        if "expect" not in request.headers:
+            await _drain(request, limit * _DRAIN_FACTOR)
+        raise too_large
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(settings.body_timeout):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit:
+                    chunks.clear()
+                    break
+                chunks.append(chunk)
+    except TimeoutError:
+        raise GatewayError("body-timeout", "The body stopped on its way.") from None
+    except ClientDisconnect:
+        raise GatewayError("client-closed", "The caller went away.") from None
+    if size > limit:
+        await _drain(request, limit * _DRAIN_FACTOR)
+        raise too_large
+    return b"".join(chunks)
+
+
+async def _drain(request: Request, limit: int) -> None:
+    try:
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            while limit > 0:
+                message = await request.receive()
+                limit -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
+
+
+def parse_json(body: bytes) -> Any:
+    """JSON by the letter: UTF-8, no field twice, no NaN. Raises `GatewayError`."""
+    try:
+        return json.loads(
+            body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+    except UnicodeDecodeError:
+        raise _malformed("it is not UTF-8.") from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise _malformed(f"the syntax is wrong at {place}.") from None
+    except RecursionError:
+        raise _malformed("it is nested too deeply.") from None
+    except ValueError:
+        # Python refuses to read integers of thousands of digits.
+        raise _malformed("a number is too long.") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise _malformed("an object holds the same field twice.")
+    return fields
+
+
+def _no_constant(_: str) -> NoReturn:
+    raise _malformed("NaN and Infinity are not JSON.")
+
+
+def _malformed(what: str) -> GatewayError:
+    return GatewayError("malformed-body", f"The body cannot be read: {what}")

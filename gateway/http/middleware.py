@@ -1,0 +1,179 @@
+"""Around every HTTP request: its id, its span, its metrics, and a net for errors.
+
+Plain ASGI: Starlette's BaseHTTPMiddleware costs a task and several copies a request, and
+OpenTelemetry's ASGI instrumentation adds two spans to each.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from opentelemetry import trace
+from opentelemetry.trace import SpanKind, Status, StatusCode
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.errors import GatewayError
+from gateway.http.problems import problem_response
+from gateway.metrics import GatewayMetrics
+from miaotui.telemetry import extract_context, inject_context
+
+log = logging.getLogger(__name__)
+_tracer = trace.get_tracer("miaotui.gateway")
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_METHODS = frozenset(
+    ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
+)
+# Probes and scrapes come every few seconds and would be most of all traces.
+_UNTRACED = frozenset({"/healthz", "/readyz", "/metrics"})
+_SECURITY = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
+
+
+def new_request_id(given: bytes | None) -> str:
+    """The caller's request id if it is sane (letters, digits, "._-", at most 128), or a new one."""
+    if given is not None and _REQUEST_ID.fullmatch(given):
+        return given.decode("ascii")
+    return uuid.uuid4().hex
+
+
+class RequestScope:
+    """The outermost middleware of the app."""
+
+    def __init__(
+        self, app: ASGIApp, metrics: GatewayMetrics, paths: Mapping[Callable[..., Any], str]
+    ) -> None:
+        """`paths` holds each endpoint's path template, the only path that is ever recorded."""
+        self._app = app
+        self._metrics = metrics
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one connection event of the ASGI server."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope["app"] = self  # makes Starlette raise its 404 and 405 instead of writing text
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        request_id = new_request_id(headers.get(b"x-request-id"))
+        scope.setdefault("state", {})["request_id"] = request_id
+        method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
+        exchange = _Exchange(send, request_id)
+        started = time.perf_counter()
+        scheme = scope.get("scheme", "http")
+        self._metrics.active_requests.add(1, {"http.request.method": method})
+        try:
+            if scope["path"] in _UNTRACED:
+                await self._run(scope, receive, exchange)
+            else:
+                await self._traced(scope, receive, exchange, headers, method)
+        finally:
+            self._metrics.active_requests.add(-1, {"http.request.method": method})
+            self._metrics.request_duration.record(
+                time.perf_counter() - started,
+                {
+                    "http.request.method": method,
+                    "http.response.status_code": exchange.status,
+                    "http.route": self._route(scope),
+                    "url.scheme": scheme,
+                },
+            )
+
+    async def _traced(
+        self,
+        scope: Scope,
+        receive: Receive,
+        exchange: _Exchange,
+        headers: dict[bytes, bytes],
+        method: str,
+    ) -> None:
+        carrier = {
+            name: headers[name.encode()].decode("latin-1")
+            for name in ("traceparent", "tracestate")
+            if name.encode() in headers
+        }
+        attributes: dict[str, Any] = {
+            "http.request.method": method,
+            "url.scheme": scope.get("scheme", "http"),
+            "network.protocol.version": scope.get("http_version", "1.1"),
+        }
+        if server := scope.get("server"):
+            attributes["server.address"], attributes["server.port"] = server[0], server[1] or 0
+        if client := scope.get("client"):
+            attributes["client.address"] = client[0]
+        with _tracer.start_as_current_span(
+            method,
+            context=extract_context(carrier),
+            kind=SpanKind.SERVER,
+            attributes=attributes,
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
+            exchange.trace_headers()
+            await self._run(scope, receive, exchange)
+            route = self._route(scope)
+            if route != "unmatched":
+                # An unmatched path is the caller's text, and may hold anything.
+                span.update_name(f"{method} {route}")
+                span.set_attribute("http.route", route)
+                span.set_attribute("url.path", route)
+            span.set_attribute("http.response.status_code", exchange.status)
+            if exchange.status >= 500:
+                span.set_status(Status(StatusCode.ERROR))
+
+    async def _run(self, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
+        try:
+            await self._app(scope, receive, exchange.send)
+        except Exception as error:  # noqa: BLE001 - the last net
+            # Code lines only: an exception's message may quote what the caller sent.
+            where = "".join(traceback.format_tb(error.__traceback__)[-4:])
+            log.error("request %s failed: %s\n%s", exchange.request_id, type(error).__name__, where)
+            if exchange.started:
+                # Closes the connection: a cut-off response must not look like a whole one.
+                raise ConnectionAbortedError("the response had begun") from None
+            failure = GatewayError("internal", "Something went wrong that should not.")
+            response = problem_response(failure, exchange.request_id)
+            await response(scope, receive, exchange.send)
+
+    def _route(self, scope: Scope) -> str:
+        return self._paths.get(scope.get("endpoint", _nothing), "unmatched")
+
+
+def _nothing() -> None: ...
+
+
+class _Exchange:
+    """The sending half of one request."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self.request_id = request_id
+        # What stands when nothing was sent: the caller had gone.
+        self.status = 499
+        self.started = False
+        self._headers = [*_SECURITY, (b"x-request-id", request_id.encode())]
+
+    def trace_headers(self) -> None:
+        """Adds the current span's ids to the response."""
+        parent = inject_context().get("traceparent")
+        if parent:
+            self._headers.append((b"traceparent", parent.encode()))
+            self._headers.append((b"x-trace-id", parent.split("-")[1].encode()))
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), *self._headers]
+            if self.status in (408, 413):
+                # What is left of the body must not be read as the next request.
+                message["headers"].append((b"connection", b"close"))
+        await self._send(message)

@@ -1,0 +1,155 @@
+"""The gateway's process: HTTP and gRPC in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import socket
+import sys
+from contextlib import nullcontext
+
+import uvicorn
+from pydantic import ValidationError
+from starlette.types import ASGIApp
+
+from gateway.cache.backend import CacheBackend, EmbeddedBackend
+from gateway.cache.codec import Sealer
+from gateway.cache.redis import RedisBackend
+from gateway.cache.stores import AnswerCache, PromptCache, SealedStore
+from gateway.http.app import build_app
+from gateway.metrics import GatewayMetrics
+from gateway.pipeline import Pipeline
+from gateway.reading import read_spans
+from gateway.rpc import SERVICE, GatewayServicer
+from gateway.settings import GatewaySettings, split_listen
+from gateway.upstream import Upstream
+from miaotui.telemetry import setup_logging, setup_telemetry
+from miaotui.v1 import gateway_pb2_grpc
+from services.rpc.server import AddressInUseError, RpcServer, run, stop_event
+
+log = logging.getLogger(__name__)
+
+
+def open_backends(
+    settings: GatewaySettings, metrics: GatewayMetrics
+) -> tuple[CacheBackend, CacheBackend]:
+    """The backends of answer and prompt cache; one Redis for both, or memory for each.
+
+    Raises `ValueError` where the Redis URL is not one.
+    """
+    if settings.redis_url is None:
+        ttl = settings.cache_ttl_seconds
+        return (
+            EmbeddedBackend(settings.answer_cache_bytes, ttl),
+            EmbeddedBackend(settings.prompt_cache_bytes, ttl),
+        )
+    redis = RedisBackend(
+        settings.redis_url.get_secret_value(),
+        settings.cache_ttl_seconds,
+        settings.cache_timeout,
+        metrics.cache_failure,
+    )
+    return redis, redis
+
+
+def _bind(listen: str) -> socket.socket:
+    host, port = split_listen(listen)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise AddressInUseError(
+            f"cannot listen on {listen} ({error.strerror}); choose another address with "
+            "MIAOTUI_GATEWAY_HTTP_LISTEN, or stop the process that holds it"
+        ) from None
+
+
+def _http_server(app: ASGIApp, settings: GatewaySettings) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app,
+        loop="none",
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        # The access log would hold paths, which are the caller's text.
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=60,
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
+    )
+    server = uvicorn.Server(config)
+    # One handler of ours stops both servers.
+    server.capture_signals = nullcontext
+    return server
+
+
+async def serve_gateway(settings: GatewaySettings) -> None:
+    """Serves until SIGINT or SIGTERM, then finishes running requests.
+
+    Raises `AddressInUseError` where a listen address cannot be bound, `ValueError` for a
+    setting that is not valid. Telemetry and logging are the caller's to set up.
+    """
+    split_listen(settings.grpc_listen)
+    metrics = GatewayMetrics()
+    backends = open_backends(settings, metrics)
+    upstream = Upstream(settings)
+    stores = [
+        SealedStore(
+            name,
+            backend,
+            Sealer(settings.cache_secret.get_secret_value()),
+            metrics,
+            settings.cache_value_bytes,
+        )
+        for name, backend in zip(("answer", "prompt"), backends, strict=True)
+    ]
+    pipeline = Pipeline(
+        settings, upstream, AnswerCache(stores[0]), PromptCache(stores[1]), read_spans, metrics
+    )
+    rpc = RpcServer(SERVICE)
+    servicer = GatewayServicer(settings, upstream, pipeline)
+    gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, rpc.aio)
+    http = _http_server(build_app(settings, upstream, pipeline, metrics), settings)
+    stopping = stop_event()
+    try:
+        listener = _bind(settings.http_listen)
+        await rpc.start(settings.grpc_listen)
+        upstream.start()
+        await rpc.set_serving(True)
+        serving = asyncio.create_task(http.serve(sockets=[listener]))
+        host, port = listener.getsockname()[:2]
+        log.info("HTTP on http://%s:%d, gRPC on port %d", host, port, rpc.port)
+        await stopping.wait()
+        log.info("stopping: finishing running requests for up to %g s", settings.drain_seconds)
+        http.should_exit = True
+        await asyncio.gather(serving, rpc.stop(settings.drain_seconds))
+    finally:
+        await pipeline.close()
+        await upstream.close()
+        for backend in {id(backend): backend for backend in backends}.values():
+            await backend.close()
+
+
+def main() -> int:
+    """Runs the gateway with settings from the environment; returns the exit code."""
+    setup_logging("gateway")
+    try:
+        settings = GatewaySettings()
+    except ValidationError as error:
+        for fault in error.errors(include_url=False, include_input=False, include_context=False):
+            name = "_".join(str(part) for part in fault["loc"]) or "settings"
+            log.error("setting %s is not valid: %s", name, fault["msg"])
+        return 2
+    telemetry = setup_telemetry("miaotui-gateway")
+    try:
+        return run(lambda: serve_gateway(settings))
+    finally:
+        telemetry.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""What the gateway counts and times. No label ever holds what a caller sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from opentelemetry import metrics
+
+from gateway.schema import Hop
+
+
+class GatewayMetrics:
+    """The gateway's instruments; make one after telemetry is set up."""
+
+    def __init__(self) -> None:
+        meter = metrics.get_meter("miaotui.gateway")
+        self.request_duration = meter.create_histogram(
+            "http.server.request.duration", unit="s", description="HTTP requests by route, status"
+        )
+        self.active_requests = meter.create_up_down_counter(
+            "http.server.active_requests", unit="{request}", description="HTTP requests in flight"
+        )
+        self._answers = meter.create_counter(
+            "miaotui.gateway.answers", description="Questions by outcome and cache status"
+        )
+        self._in_flight = meter.create_up_down_counter(
+            "miaotui.gateway.questions_in_flight", description="Questions worked on now"
+        )
+        self._hops = meter.create_histogram(
+            "miaotui.gateway.hop.duration", unit="s", description="Time per hop of a question"
+        )
+        self._lookups = meter.create_counter(
+            "miaotui.gateway.cache.lookups", description="Cache look-ups by cache and result"
+        )
+        self._failures = meter.create_counter(
+            "miaotui.gateway.cache.failures", description="Cache operations that failed, by reason"
+        )
+
+    def answered(self, outcome: str, cache: str) -> None:
+        """Counts a question; `outcome`: "ok" or a problem's slug."""
+        self._answers.add(1, {"outcome": outcome, "cache": cache})
+
+    def in_flight(self, change: int) -> None:
+        """Counts questions worked on."""
+        self._in_flight.add(change)
+
+    def hops(self, hops: Iterable[Hop]) -> None:
+        """Records where a question's time went."""
+        for hop in hops:
+            self._hops.record(hop.milliseconds / 1000, {"hop": hop.hop})
+
+    def lookup(self, cache: str, result: str) -> None:
+        """Counts a look-up; `result`: "hit", "miss" or "garbage"."""
+        self._lookups.add(1, {"cache": cache, "result": result})
+
+    def cache_failure(self, reason: str) -> None:
+        """Counts a failed operation; `reason`: "timeout" or "error"."""
+        self._failures.add(1, {"reason": reason})

@@ -1,0 +1,322 @@
+"""One question's way: answer cache, prompt cache, tokenizer, shards, and back to text."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+from grpc import aio
+from opentelemetry import trace
+from opentelemetry.trace import Link
+
+from gateway.cache.singleflight import SingleFlight
+from gateway.cache.stores import AnswerCache, PromptCache, StoredAnswer
+from gateway.errors import GatewayError, from_rpc
+from gateway.metrics import GatewayMetrics
+from gateway.reading import SpanReader
+from gateway.schema import CacheStatus, Candidate, Hop, QaRequest, QaResponse
+from gateway.settings import GatewaySettings
+from gateway.upstream import Served, Upstream
+from miaotui.telemetry import current_trace_id, trace_content
+from miaotui.v1 import shard_pb2 as shard_pb
+from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
+from services.rpc.channel import UnaryMethod, call
+
+log = logging.getLogger(__name__)
+_tracer = trace.get_tracer("miaotui.gateway")
+T = TypeVar("T")
+_Request = TypeVar("_Request", tokenizer_pb.EncodeRequest, shard_pb.InferRequest)
+
+RETRY_PAUSE_SECONDS = 0.1
+# Reading more windows than this takes long enough to leave the event loop for it.
+READ_INLINE_WINDOWS = 4
+
+_NORMALIZATION = {
+    "none": tokenizer_pb.NORMALIZATION_NONE,
+    "nfc": tokenizer_pb.NORMALIZATION_NFC,
+    "nfkc": tokenizer_pb.NORMALIZATION_NFKC,
+}
+
+# An answer and whether it came from the cache.
+_Landing: TypeAlias = tuple[StoredAnswer, bool]
+
+
+class Clock:
+    """Hops' times, in the order in which they were taken."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.hops: dict[str, float] = {}
+
+    def add(self, hop: str, seconds: float) -> None:
+        """Adds time to a hop."""
+        self.hops[hop] = self.hops.get(hop, 0.0) + max(seconds, 0.0)
+
+    async def timed(self, hop: str, work: Awaitable[T]) -> T:
+        """Awaits `work` and adds the time that it takes to `hop`."""
+        started = time.perf_counter()
+        try:
+            return await work
+        finally:
+            self.add(hop, time.perf_counter() - started)
+
+    def result(self) -> list[Hop]:
+        """All hops and "total", in milliseconds."""
+        hops = {**self.hops, "total": time.perf_counter() - self.started}
+        return [Hop(hop, round(seconds * 1000, 3)) for hop, seconds in hops.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One request with what is known of it."""
+
+    request: QaRequest
+    request_id: str
+    deadline: float  # on the event loop's clock
+    served: Served
+
+    def call_id(self) -> str:
+        """An id for one call: callers may use a request id twice, services must not see it."""
+        return f"{self.request_id}~{secrets.token_hex(4)}"
+
+    def time_left(self) -> float:
+        left = self.deadline - asyncio.get_running_loop().time()
+        if left <= 0:
+            raise GatewayError("timeout", "The request's time ran out.")
+        return left
+
+
+class Pipeline:
+    """Answers questions; knows nothing of HTTP or gRPC servers."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        upstream: Upstream,
+        answers: AnswerCache,
+        prompts: PromptCache,
+        reader: SpanReader,
+        metrics: GatewayMetrics,
+    ) -> None:
+        self._settings = settings
+        self._upstream = upstream
+        self._answers = answers
+        self._prompts = prompts
+        self._reader = reader
+        self._metrics = metrics
+        self._flights: SingleFlight[bytes, _Landing] = SingleFlight()
+        self._stores: set[asyncio.Task[None]] = set()
+        self._trace_content = trace_content()
+        self.in_flight = 0
+
+    async def answer(self, request: QaRequest, request_id: str, timeout: float) -> QaResponse:
+        """Answers within `timeout` seconds. Raises `GatewayError`; cancelling frees the work."""
+        outcome, cache = "client-closed", "none"
+        self._enter()
+        try:
+            clock = Clock()
+            try:
+                async with asyncio.timeout(timeout):
+                    response = await self._answer(request, request_id, timeout, clock)
+            except TimeoutError:
+                raise GatewayError("timeout", f"No answer within {timeout:g} s.") from None
+            outcome, cache = "ok", response.cache.value
+            self._metrics.hops(response.timings)
+            return response
+        except GatewayError as error:
+            outcome = error.kind.slug
+            raise
+        finally:
+            self._metrics.answered(outcome, cache)
+            self.in_flight -= 1
+            self._metrics.in_flight(-1)
+
+    def _enter(self) -> None:
+        if self.in_flight >= self._settings.max_concurrent_requests:
+            self._metrics.answered("overloaded", "none")
+            raise GatewayError("overloaded", "The gateway works on as many requests as it may.")
+        self.in_flight += 1
+        self._metrics.in_flight(1)
+
+    async def _answer(
+        self, request: QaRequest, request_id: str, timeout: float, clock: Clock
+    ) -> QaResponse:
+        served = self._upstream.served or await self._upstream.verified()
+        deadline = asyncio.get_running_loop().time() + timeout
+        job = _Job(request, request_id, deadline, served)
+        if request.no_cache:
+            stored, status = await self._compute(job, clock), CacheStatus.BYPASS
+        else:
+            stored, status = await self._shared(job, clock)
+        span = trace.get_current_span()
+        span.set_attribute("miaotui.cache.status", status.value)
+        span.set_attribute("miaotui.request.id", request_id)
+        if self._trace_content:
+            span.set_attribute("miaotui.question", request.question)
+        return QaResponse(
+            answerable=stored.answerable,
+            answers=[
+                Candidate(request.context[s.start : s.end], s.start, s.end, s.score, s.logit)
+                for s in stored.spans
+            ],
+            no_answer_score=stored.no_answer_score,
+            model=served.name,
+            model_fingerprint=served.fingerprint,
+            cache=status,
+            timings=clock.result(),
+            trace_id=current_trace_id(),
+            request_id=request_id,
+        )
+
+    async def _shared(self, job: _Job, clock: Clock) -> tuple[StoredAnswer, CacheStatus]:
+        """From the cache, from an equal request in flight, or computed."""
+        identity = f"{job.served.fingerprint} {job.served.tokenizer_fingerprint}"
+        key = self._answers.key(identity, job.request)
+        while (flight := self._flights.join(key)) is not None:
+            link = [Link(flight.context)] if flight.context.is_valid else None
+            with _tracer.start_as_current_span("wait for an equal request", links=link):
+                try:
+                    stored, hit = await clock.timed("wait", self._flights.wait(key, flight))
+                except GatewayError as error:
+                    # The other's time ran out, and perhaps not ours: then the work is ours.
+                    if error.kind.slug != "timeout" or job.time_left() <= 0:
+                        raise
+                    continue
+            return stored, CacheStatus.HIT if hit else CacheStatus.SHARED
+        flight = self._flights.start(key, lambda: self._cached(key, job, clock))
+        stored, hit = await self._flights.wait(key, flight)
+        return stored, CacheStatus.HIT if hit else CacheStatus.MISS
+
+    async def _cached(self, key: bytes, job: _Job, clock: Clock) -> _Landing:
+        stored = await clock.timed("cache", self._answers.get(key, job.request))
+        if stored is not None:
+            return stored, True
+        stored = await self._compute(job, clock)
+        # A model that was replaced meanwhile must not leave answers under the old name.
+        if self._upstream.served == job.served:
+            await clock.timed("cache", self._answers.put(key, stored))
+        return stored, False
+
+    async def _compute(self, job: _Job, clock: Clock) -> StoredAnswer:
+        windows, passage = await self._encode(job, clock)
+        infer = shard_pb.InferRequest(
+            sequences=[
+                shard_pb.TokenSequence(input_ids=w.input_ids, token_type_ids=w.token_type_ids)
+                for w in windows.windows
+            ],
+        )
+        started = time.perf_counter()
+        logits = await self._rpc(
+            job, "stage 0", "miaotui.v1.ShardService/Infer", self._upstream.shard.Infer, infer
+        )
+        _add_stages(clock, logits, time.perf_counter() - started)
+        return await clock.timed("read", self._read(windows, passage, logits, job.request))
+
+    async def _encode(
+        self, job: _Job, clock: Clock
+    ) -> tuple[tokenizer_pb.EncodeResponse, tokenizer_pb.TokenizedText]:
+        request = job.request
+        key = self._prompts.key(job.served.tokenizer_fingerprint, request)
+        known = await clock.timed("cache", self._prompts.get(key, request))
+        encode = tokenizer_pb.EncodeRequest(
+            question=request.question,
+            options=tokenizer_pb.TextOptions(
+                normalization=_NORMALIZATION[request.normalization],
+                strip_markup=request.strip_markup,
+            ),
+        )
+        if known is not None:
+            encode.tokenized.CopyFrom(known)
+            # Refused: by a tokenizer of other files or options than the one that made it.
+            with suppress(_RefusedPromptError):
+                return await clock.timed("tokenizer", self._tokenize(job, encode)), known
+        encode.text = request.context
+        windows = await clock.timed("tokenizer", self._tokenize(job, encode))
+        self._later(self._prompts.put(key, windows.passage))
+        return windows, windows.passage
+
+    async def _tokenize(
+        self, job: _Job, encode: tokenizer_pb.EncodeRequest
+    ) -> tokenizer_pb.EncodeResponse:
+        name = "miaotui.v1.TokenizerService/Encode"
+        return await self._rpc(job, "tokenizer", name, self._upstream.tokenizer.Encode, encode)
+
+    async def _rpc(
+        self,
+        job: _Job,
+        service: str,
+        name: str,
+        method: UnaryMethod[_Request, T],
+        request: _Request,
+    ) -> T:
+        for attempt in (1, 2):
+            request.request_id = job.call_id()
+            try:
+                return await call(method, request, name=name, timeout=job.time_left())
+            except aio.AioRpcError as error:
+                if _is_refused_prompt(error, request):
+                    raise _RefusedPromptError from None
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or attempt == 2:
+                    raise from_rpc(error, service) from None
+            await asyncio.sleep(RETRY_PAUSE_SECONDS)
+            # The process behind the address may be another now.
+            if await self._upstream.verified() != job.served:
+                raise GatewayError("unavailable", "The model has just been replaced.")
+        raise AssertionError("unreachable")
+
+    async def _read(
+        self,
+        windows: tokenizer_pb.EncodeResponse,
+        passage: tokenizer_pb.TokenizedText,
+        logits: shard_pb.InferResponse,
+        request: QaRequest,
+    ) -> StoredAnswer:
+        try:
+            with _tracer.start_as_current_span("read spans"):
+                if len(windows.windows) <= READ_INLINE_WINDOWS:
+                    return self._reader(windows, passage, logits, request)
+                return await asyncio.to_thread(self._reader, windows, passage, logits, request)
+        except ValueError as error:
+            log.error("reading spans failed: %s", type(error).__name__)
+            raise GatewayError(
+                "service-failed", "Tokenizer and shards gave replies that do not fit each other."
+            ) from None
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._stores.add(task)
+        task.add_done_callback(self._stores.discard)
+
+    async def close(self) -> None:
+        """Waits for cache writes that are under way."""
+        await asyncio.gather(*self._stores, return_exceptions=True)
+
+
+class _RefusedPromptError(Exception):
+    """The tokenizer does not take a passage that was tokenised before."""
+
+
+def _is_refused_prompt(error: aio.AioRpcError, request: object) -> bool:
+    return (
+        error.code() is grpc.StatusCode.FAILED_PRECONDITION
+        and isinstance(request, tokenizer_pb.EncodeRequest)
+        and request.HasField("tokenized")
+    )
+
+
+def _add_stages(clock: Clock, logits: shard_pb.InferResponse, elapsed: float) -> None:
+    """Splits the time of an Infer call: queues, each stage's work, and the rest ("links")."""
+    queued = sum(timing.queue_micros for timing in logits.timings) / 1e6
+    clock.add("queue", queued)
+    computed = 0.0
+    for timing in logits.timings:
+        clock.add(f"stage {timing.stage}", timing.compute_micros / 1e6)
+        computed += timing.compute_micros / 1e6
+    clock.add("links", elapsed - queued - computed)

@@ -1,0 +1,165 @@
+"""The gRPC API: the same answers, rules and errors as over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn
+
+from grpc import aio
+
+from gateway.batch import run_batch
+from gateway.errors import FieldError, GatewayError
+from gateway.http.middleware import new_request_id
+from gateway.http.views import models_of
+from gateway.pipeline import Pipeline
+from gateway.schema import (
+    DEFAULT_ANSWER_LENGTH,
+    DEFAULT_TOP_K,
+    CacheStatus,
+    QaRequest,
+    QaResponse,
+    invalid,
+    parse_request,
+)
+from gateway.settings import GatewaySettings
+from gateway.upstream import Upstream
+from miaotui.v1 import gateway_pb2 as pb
+from miaotui.v1 import gateway_pb2_grpc
+from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
+
+SERVICE = "miaotui.v1.GatewayService"
+Context = aio.ServicerContext[Any, Any]
+
+_CACHE = {
+    CacheStatus.MISS: pb.CACHE_STATUS_MISS,
+    CacheStatus.HIT: pb.CACHE_STATUS_HIT,
+    CacheStatus.SHARED: pb.CACHE_STATUS_SHARED,
+    CacheStatus.BYPASS: pb.CACHE_STATUS_BYPASS,
+}
+_NORMALIZATION = {
+    tokenizer_pb.NORMALIZATION_UNSPECIFIED: "nfc",
+    tokenizer_pb.NORMALIZATION_NONE: "none",
+    tokenizer_pb.NORMALIZATION_NFC: "nfc",
+    tokenizer_pb.NORMALIZATION_NFKC: "nfkc",
+}
+
+
+class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
+    """GatewayService over the pipeline that HTTP uses too."""
+
+    def __init__(self, settings: GatewaySettings, upstream: Upstream, pipeline: Pipeline) -> None:
+        self._settings = settings
+        self._upstream = upstream
+        self._pipeline = pipeline
+
+    async def Answer(self, request: pb.AnswerRequest, context: Context) -> pb.AnswerResponse:
+        """Answers one question."""
+        try:
+            question = self._parse(request, "")
+            answer = await self._pipeline.answer(
+                question, _request_id(context), self._timeout(context)
+            )
+        except GatewayError as error:
+            await _abort(context, error)
+        return _response(answer)
+
+    async def AnswerBatch(
+        self, request: pb.AnswerBatchRequest, context: Context
+    ) -> AsyncIterator[pb.AnswerBatchResponse]:
+        """Answers many, each as soon as it is ready."""
+        limit = self._settings.max_batch_items
+        if not 1 <= len(request.requests) <= limit:
+            fault = FieldError("/requests", f"must hold 1 to {limit} questions")
+            await _abort(context, invalid([fault]))
+        results = run_batch(
+            self._pipeline,
+            request.requests,
+            lambda index, item: self._parse(item, f"/requests/{index}"),
+            _request_id(context),
+            self._timeout(context),
+            self._settings.batch_concurrency,
+        )
+        try:
+            async for index, outcome in results:
+                if isinstance(outcome, QaResponse):
+                    yield pb.AnswerBatchResponse(index=index, response=_response(outcome))
+                else:
+                    code = outcome.kind.code.value[0]
+                    error = pb.AnswerError(code=code, message=outcome.message())
+                    yield pb.AnswerBatchResponse(index=index, error=error)
+        finally:
+            await results.aclose()
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: Context
+    ) -> pb.ListModelsResponse:
+        """The models served."""
+        models = [
+            pb.Model(
+                name=model.name,
+                fingerprint=model.fingerprint,
+                model_type=model.model_type,
+                stages=model.stages,
+                layers=model.layers,
+                max_length=model.max_length,
+                ready=model.ready,
+            )
+            for model in models_of(self._upstream).models
+        ]
+        return pb.ListModelsResponse(models=models)
+
+    def _parse(self, request: pb.AnswerRequest, pointer: str) -> QaRequest:
+        options = request.text_options
+        if options.normalization not in _NORMALIZATION:
+            place = f"{pointer}/text_options/normalization"
+            raise invalid([FieldError(place, "is none of the known values")])
+        data = {
+            "question": request.question,
+            "context": request.context,
+            "top_k": request.top_k or DEFAULT_TOP_K,
+            "max_answer_length": request.max_answer_length or DEFAULT_ANSWER_LENGTH,
+            "no_answer_threshold": (
+                request.no_answer_threshold if request.HasField("no_answer_threshold") else None
+            ),
+            "normalization": _NORMALIZATION[options.normalization],
+            "strip_markup": options.strip_markup,
+            "no_cache": request.no_cache,
+        }
+        return parse_request(data, self._settings, pointer)
+
+    def _timeout(self, context: Context) -> float:
+        left = context.time_remaining()
+        if left is None:
+            return self._settings.request_timeout
+        return min(max(left, 0.001), self._settings.max_request_timeout)
+
+
+def _request_id(context: Context) -> str:
+    metadata = dict(context.invocation_metadata() or ())
+    given = metadata.get("x-request-id")
+    return new_request_id(given.encode() if isinstance(given, str) else given)
+
+
+async def _abort(context: Context, error: GatewayError) -> NoReturn:
+    trailing: tuple[tuple[str, str], ...] = ()
+    if (seconds := error.retry_after) is not None:
+        # gRPC's own name for it; in milliseconds.
+        trailing = (("grpc-retry-pushback-ms", str(1000 * seconds)),)
+    await context.abort(error.kind.code, error.message(), trailing)
+
+
+def _response(answer: QaResponse) -> pb.AnswerResponse:
+    return pb.AnswerResponse(
+        answerable=answer.answerable,
+        answers=[
+            pb.Answer(text=a.text, start=a.start, end=a.end, score=a.score, logit=a.logit)
+            for a in answer.answers
+        ],
+        no_answer_score=answer.no_answer_score,
+        model=answer.model,
+        model_fingerprint=answer.model_fingerprint,
+        cache=_CACHE[answer.cache],
+        timings=[pb.HopTiming(hop=h.hop, milliseconds=h.milliseconds) for h in answer.timings],
+        trace_id=answer.trace_id,
+        request_id=answer.request_id,
+    )

@@ -1,0 +1,175 @@
+"""What goes in and comes out, for HTTP, gRPC and the orchestrator alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
+
+from gateway.errors import FieldError, GatewayError
+from gateway.settings import GatewaySettings
+
+DEFAULT_TOP_K = 1
+DEFAULT_ANSWER_LENGTH = 30
+
+
+def _written(text: str) -> str:
+    if "\0" in text:
+        raise PydanticCustomError("nul", "must not contain the NUL character (U+0000)")
+    if not text or text.isspace():
+        raise PydanticCustomError("blank", "must not be empty or blank")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_written), Field(json_schema_extra={"minLength": 1})]
+
+EXAMPLE_EN: dict[str, Any] = {
+    "question": "When was the museum founded?",
+    "context": "The Palace Museum in Beijing was founded in 1925 and holds 1.8 million objects.",
+}
+EXAMPLE_ZH: dict[str, Any] = {
+    "question": "故宫博物院成立于哪一年？",
+    "context": "故宫博物院位于北京，成立于1925年，藏品超过一百八十万件。",
+    "top_k": 3,
+}
+
+
+class QaRequest(BaseModel):
+    """A question over a passage."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={"examples": [EXAMPLE_EN, EXAMPLE_ZH]},
+    )
+
+    question: Text = Field(description="The question.")
+    context: Text = Field(description="The passage in which the answer stands.")
+    top_k: int = Field(DEFAULT_TOP_K, ge=1, le=50, description="Answers to return, best first.")
+    max_answer_length: int = Field(
+        DEFAULT_ANSWER_LENGTH, ge=1, le=512, description="Longest answer in tokens."
+    )
+    no_answer_threshold: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description='"No answer" is returned where its logit exceeds the best span\'s by more '
+        "than this; null: the model's own threshold, or never where it has none.",
+    )
+    normalization: Literal["nfc", "nfkc", "none"] = Field(
+        "nfc", description="Unicode normalisation before tokenising; offsets are unaffected."
+    )
+    strip_markup: bool = Field(False, description="Whether HTML/XML markup is ignored.")
+    no_cache: bool = Field(False, description="Neither read nor write the answer cache.")
+
+
+class CacheStatus(StrEnum):
+    """Where an answer came from."""
+
+    MISS = "miss"
+    HIT = "hit"
+    SHARED = "shared"
+    BYPASS = "bypass"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One candidate answer; offsets in Unicode code points of the passage as sent."""
+
+    text: Annotated[str, Field(description="The characters, as they stand in the passage.")]
+    start: Annotated[int, Field(ge=0, description="First character, in Unicode code points.")]
+    end: Annotated[int, Field(ge=0, description="One past the last character.")]
+    score: Annotated[float, Field(description='Probability among all spans and "no answer".')]
+    logit: Annotated[float, Field(description="Start logit plus end logit.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """How long one hop took."""
+
+    hop: Annotated[str, Field(description='"cache", "tokenizer", "queue", "stage 0", …, "read".')]
+    milliseconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class QaResponse:
+    """The answer to one question."""
+
+    answerable: Annotated[
+        bool, Field(description="Whether the passage holds an answer, by the threshold.")
+    ]
+    answers: Annotated[
+        list[Candidate],
+        Field(description="Best first; empty where not answerable and top_k is 1."),
+    ]
+    no_answer_score: Annotated[
+        float, Field(description='Logit of "no answer" minus the best span\'s.')
+    ]
+    model: Annotated[str, Field(description="The model's name.")]
+    model_fingerprint: Annotated[str, Field(description="Hash of the model.")]
+    cache: Annotated[
+        CacheStatus,
+        Field(
+            description="miss: computed for this request; hit: from the answer cache; shared: "
+            "computed once for this and an equal request at the same time; bypass: not asked."
+        ),
+    ]
+    timings: Annotated[list[Hop], Field(description="Where the time went.")]
+    trace_id: Annotated[str, Field(description="The trace's id, 32 hex digits.")]
+    request_id: Annotated[str, Field(description="The request's id.")]
+
+
+QA_RESPONSE: TypeAdapter[QaResponse] = TypeAdapter(QaResponse)
+
+
+def parse_request(data: Any, settings: GatewaySettings, pointer: str = "") -> QaRequest:
+    """Validates one request; `pointer` is where it stands in the body.
+
+    Raises `GatewayError` (invalid-request) naming each fault and its place.
+    """
+    try:
+        request = QaRequest.model_validate(data)
+    except ValidationError as error:
+        raise invalid(field_errors(error, pointer)) from None
+    faults = [
+        FieldError(f"{pointer}/{name}", f"must have at most {limit} characters")
+        for name, length, limit in (
+            ("question", len(request.question), settings.max_question_characters),
+            ("context", len(request.context), settings.max_context_characters),
+        )
+        if length > limit
+    ]
+    if faults:
+        raise invalid(faults)
+    return request
+
+
+def invalid(faults: list[FieldError]) -> GatewayError:
+    """The error for a request with these faults."""
+    count = f"{len(faults)} places" if len(faults) > 1 else "one place"
+    return GatewayError("invalid-request", f"The request is not valid in {count}.", faults)
+
+
+_ALLOWED = ", ".join(QaRequest.model_fields)
+
+
+def field_errors(error: ValidationError, pointer: str = "") -> list[FieldError]:
+    """pydantic's findings without the values, and without names that the caller chose."""
+    faults: dict[FieldError, None] = {}
+    for found in error.errors(include_url=False, include_context=False, include_input=False):
+        kind, message, place = found["type"], found["msg"], found["loc"]
+        if kind == "extra_forbidden":
+            place, message = place[:-1], f"unknown field; allowed are: {_ALLOWED}"
+        elif kind == "missing":
+            message = "this field is required"
+        elif kind == "model_type":
+            message = "must be a JSON object"
+        elif kind == "string_unicode":
+            message = "must be valid Unicode, without lone surrogates"
+        else:
+            message = message.replace("Input should be", "must be")
+        faults[FieldError(pointer + "".join(f"/{part}" for part in place), message)] = None
+    return list(faults)

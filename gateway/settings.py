@@ -1,0 +1,88 @@
+"""Settings of the gateway, from the environment (`MIAOTUI_GATEWAY_*`, `REDIS_URL`)."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated
+
+from pydantic import AliasChoices, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class GatewaySettings(BaseSettings):
+    """Everything that an operator can set; each has an environment variable of its name."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MIAOTUI_GATEWAY_", extra="ignore", frozen=True, populate_by_name=True
+    )
+
+    http_listen: str = Field(default="127.0.0.1:8080", description="host:port of the HTTP API")
+    grpc_listen: str = Field(default="127.0.0.1:50050", description="host:port of the gRPC API")
+    tokenizer: str = Field(
+        default="127.0.0.1:50051", description="host:port of the tokenizer service"
+    )
+    shard: str = Field(default="127.0.0.1:50060", description="host:port of stage 0")
+
+    max_body_bytes: Positive = Field(default=1024 * 1024, description="larger bodies get 413")
+    max_question_characters: Positive = 4_000
+    max_context_characters: Positive = 500_000
+    max_batch_items: Positive = 256
+    batch_concurrency: Positive = Field(
+        default=16, description="items of one batch computed at once"
+    )
+    max_concurrent_requests: Positive = Field(
+        default=256, description="requests worked on at once; more get 503 with Retry-After"
+    )
+    request_timeout: Seconds = Field(
+        default=10.0, description="seconds, where the caller sets none"
+    )
+    max_request_timeout: Seconds = Field(
+        default=60.0, description="seconds, most that a caller may set"
+    )
+    body_timeout: Seconds = Field(
+        default=10.0, description="seconds within which a body must arrive"
+    )
+    drain_seconds: Seconds = Field(
+        default=10.0, description="seconds for running requests at shutdown"
+    )
+    poll_seconds: Seconds = Field(default=2.0, description="seconds between looks at the services")
+
+    redis_url: SecretStr | None = Field(
+        default=None,
+        validation_alias=AliasChoices("MIAOTUI_GATEWAY_REDIS_URL", "REDIS_URL", "redis_url"),
+        description="Redis to cache in; absent: memory of this process",
+    )
+    cache_ttl_seconds: Positive = 3600
+    answer_cache_bytes: Positive = Field(
+        default=64 * 1024 * 1024, description="embedded cache only"
+    )
+    prompt_cache_bytes: Positive = Field(
+        default=64 * 1024 * 1024, description="embedded cache only"
+    )
+    cache_value_bytes: Positive = Field(
+        default=1024 * 1024, description="larger values are not kept"
+    )
+    cache_timeout: Seconds = Field(default=0.02, description="seconds for one cache operation")
+    cache_secret: SecretStr = Field(
+        default_factory=lambda: SecretStr(secrets.token_hex(32)),
+        description="keys the cache's hashes; gateways that share a cache must share it",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> GatewaySettings:
+        if self.request_timeout > self.max_request_timeout:
+            raise ValueError("request_timeout must not exceed max_request_timeout")
+        if not self.cache_secret.get_secret_value():
+            raise ValueError("cache_secret must not be empty; leave it unset for a random one")
+        return self
+
+
+def split_listen(listen: str) -> tuple[str, int]:
+    """`"host:port"` → `(host, port)`; IPv6 hosts in brackets. Raises `ValueError`."""
+    host, colon, port = listen.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"a listen address must be host:port, such as 127.0.0.1:8080: {listen}")
+    return host.strip("[]") or "0.0.0.0", int(port)

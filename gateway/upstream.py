@@ -1,0 +1,203 @@
+"""The services behind the gateway: links to them, who they are, and whether they serve."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from gateway.errors import GatewayError
+from gateway.settings import GatewaySettings
+from miaotui.v1 import shard_pb2 as shard_pb
+from miaotui.v1 import shard_pb2_grpc, tokenizer_pb2_grpc
+from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
+from services.rpc.channel import open_channel
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+LOOK_SECONDS = 1.5
+UNREADY_POLL_SECONDS = 0.25
+# Looks at the services would drown the traces of requests: flag 00 is "not sampled".
+_UNSAMPLED = (("traceparent", f"00-{1:032x}-{1:016x}-00"),)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The model that tokenizer and shards agree on."""
+
+    name: str
+    fingerprint: str
+    tokenizer_fingerprint: str
+    model_type: str
+    stages: int
+    layers: int
+    max_length: int
+
+
+class Upstream:
+    """Watches tokenizer and stage 0 and says which model they serve together.
+
+    What was verified holds until a connection breaks: only then can another process,
+    perhaps with another model, stand behind an address.
+    """
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._poll_seconds = settings.poll_seconds
+        self._channels = {
+            "tokenizer": open_channel(settings.tokenizer),
+            "stage 0": open_channel(settings.shard),
+        }
+        tokenizer, shard = self._channels.values()
+        self.tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(tokenizer)
+        self.shard = shard_pb2_grpc.ShardServiceStub(shard)
+        self._health = {
+            name: health_pb2_grpc.HealthStub(channel) for name, channel in self._channels.items()
+        }
+        self._served: Served | None = None
+        self.last: Served | None = None
+        self._reason = "The gateway has not looked at its services yet."
+        self._lock = asyncio.Lock()
+        self._stale = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.pipeline: shard_pb.ShardServiceDescribeResponse | None = None
+
+    @property
+    def served(self) -> Served | None:
+        """The model served now; `None` while not ready."""
+        return self._served
+
+    @property
+    def reason(self) -> str:
+        """Why there is no answer to be had; empty when ready."""
+        return "" if self._served else self._reason
+
+    def start(self) -> None:
+        """Begins to watch."""
+        watches = [self._watch(name, channel) for name, channel in self._channels.items()]
+        self._tasks = [asyncio.create_task(work) for work in (self._poll(), *watches)]
+
+    async def verified(self) -> Served:
+        """The model served, after a look if need be.
+
+        Raises `GatewayError` (unavailable) with the reason where there is none.
+        """
+        if self._served is None:
+            await self.look()
+        if self._served is None:
+            raise GatewayError("unavailable", self._reason)
+        return self._served
+
+    async def look(self) -> None:
+        """Asks both services who they are and whether they are healthy."""
+        before = self._served
+        async with self._lock:
+            if self._served is not before:
+                return  # another has just looked
+            self._stale.clear()
+            served, reason = await self._ask()
+            if self._stale.is_set():
+                served, reason = None, "A service behind the gateway has just restarted."
+            if (served, reason) != (self._served, self._reason):
+                log.info("%s", f"serving {served.name}" if served else f"not ready: {reason}")
+            self._served, self._reason = served, reason
+            self.last = served or self.last
+
+    async def _ask(self) -> tuple[Served | None, str]:
+        try:
+            tokenizer, shard, _, _ = await asyncio.gather(
+                self._asked(
+                    "tokenizer",
+                    self.tokenizer.Describe(
+                        tokenizer_pb.TokenizerServiceDescribeRequest(),
+                        timeout=LOOK_SECONDS,
+                        metadata=_UNSAMPLED,
+                    ),
+                ),
+                self._asked(
+                    "stage 0",
+                    self.shard.Describe(
+                        shard_pb.ShardServiceDescribeRequest(),
+                        timeout=LOOK_SECONDS,
+                        metadata=_UNSAMPLED,
+                    ),
+                ),
+                self._healthy("tokenizer"),
+                self._healthy("stage 0"),
+            )
+        except _NotReadyError as error:
+            return None, str(error)
+        self.pipeline = shard
+        return _agreed(tokenizer, shard)
+
+    async def _asked(self, name: str, call: Awaitable[T]) -> T:
+        try:
+            return await call
+        except aio.AioRpcError as error:
+            raise _NotReadyError(f"{name} does not answer ({error.code().name}).") from None
+
+    async def _healthy(self, name: str) -> None:
+        request = health_pb2.HealthCheckRequest()
+        check = self._health[name].Check(request, timeout=LOOK_SECONDS)  # type: ignore[attr-defined]
+        reply = await self._asked(name, check)
+        if reply.status != health_pb2.HealthCheckResponse.SERVING:
+            raise _NotReadyError(f"{name} reports that it does not serve yet.")
+
+    async def _poll(self) -> None:
+        while True:
+            await self.look()
+            pause = self._poll_seconds if self._served else UNREADY_POLL_SECONDS
+            await asyncio.sleep(pause)
+
+    async def _watch(self, name: str, channel: aio.Channel) -> None:
+        state = channel.get_state(try_to_connect=True)
+        while True:
+            await channel.wait_for_state_change(state)
+            before, state = state, channel.get_state(try_to_connect=True)
+            if before is grpc.ChannelConnectivity.READY:
+                self._stale.set()
+                self._served, self._reason = None, f"The connection to {name} was lost."
+
+    async def close(self) -> None:
+        """Stops watching and closes the links."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for channel in self._channels.values():
+            await channel.close()
+
+
+class _NotReadyError(Exception):
+    pass
+
+
+def _agreed(
+    tokenizer: tokenizer_pb.TokenizerServiceDescribeResponse,
+    shard: shard_pb.ShardServiceDescribeResponse,
+) -> tuple[Served | None, str]:
+    stage = shard.stage
+    if stage.index != 0:
+        return None, f"The shard address leads to stage {stage.index}; it must lead to stage 0."
+    if shard.status != shard_pb.STAGE_STATUS_SERVING:
+        return None, f"stage 0 does not serve: {shard.reason or 'it gives no reason'}"
+    if tokenizer.model_fingerprint != stage.model_fingerprint:
+        return None, (
+            "The tokenizer serves another model than the shards (their fingerprints differ); "
+            "start both with the same model directory."
+        )
+    lengths = [length for length in (tokenizer.max_length, stage.max_sequence_length) if length]
+    return Served(
+        name=stage.model_name,
+        fingerprint=stage.model_fingerprint,
+        tokenizer_fingerprint=tokenizer.tokenizer_fingerprint,
+        model_type=stage.model_type,
+        stages=stage.stages,
+        layers=stage.model_layers,
+        max_length=min(lengths, default=0),
+    ), ""
