@@ -234,22 +234,34 @@ def plan(
         typer.Argument(help="Model directory; without it, the bundled one.", show_default=False),
     ] = None,
     stages: Annotated[int, typer.Option("--stages", "-n", min=1, help="Stages.")] = 2,
+    layers: Annotated[
+        str, typer.Option(help='Cost these layers instead of planning, such as "0-3,3-6".')
+    ] = "",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; auto: what the hardware does well.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure the costs here instead of estimating them.")
+    ] = False,
     as_json: _Json = False,
 ) -> None:
     """Show how a model would be split over stages: layers, sizes, expected cost."""
     from miaotui.cli.layout import BUNDLED_MODEL, LayoutError, check_model
-    from miaotui.cli.planning import plan_rows, show_plan
+    from miaotui.cli.planning import make_plan, show_plan
 
     directory = model or BUNDLED_MODEL
     try:
         check_model(directory)
-        rows = plan_rows(directory, stages)
+        planned = make_plan(
+            directory, stages, layers=layers, dtype=dtype, device=device, measure=measure
+        )
     except (LayoutError, ValueError, OSError) as error:
         _fail(error, 2)
     if as_json:
-        print(json.dumps([row.__dict__ for row in rows], indent=2))
+        print(json.dumps(planned.as_json(), indent=2))
         return
-    show_plan(Console(), directory, rows)
+    show_plan(Console(), planned)
 
 
 @app.command()
