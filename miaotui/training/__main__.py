@@ -10,9 +10,18 @@ import typer
 
 from miaotui.training.config import TrainConfig
 
+DEFAULTS = TrainConfig()
+
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 DataOption = Annotated[Path, typer.Option(help="folder of the SQuAD-format files")]
+BUNDLED = Path(__file__).resolve().parent.parent / "bundled" / "qa"
+SeedOption = Annotated[int, typer.Option(help="decides all randomness")]
+FractionOption = Annotated[float, typer.Option(help="part of the training questions used")]
+LimitOption = Annotated[int, typer.Option(help="most questions of each domain")]
+SettingsOption = Annotated[
+    str, typer.Option(help="other settings as JSON, for example '{\"steps\": 100}'")
+]
 WorkOption = Annotated[Path, typer.Option(help="folder for checkpoints and logs")]
 
 
@@ -21,29 +30,59 @@ def main() -> None:
     """Train, score and export the bundled question-answering model."""
 
 
+def configure(data: Path, work: Path, seed: int, fraction: float, settings: str) -> TrainConfig:
+    """The defaults with the options, and with ``settings`` (JSON) over both."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    given = TrainConfig.model_validate_json(settings).model_dump(exclude_unset=True)
+    options = {"data": data, "work": work, "seed": seed, "fraction": fraction}
+    return TrainConfig(**{**options, **given})
+
+
 @app.command()
 def run(
-    data: DataOption = TrainConfig().data,
-    work: WorkOption = TrainConfig().work,
-    seed: Annotated[int, typer.Option()] = TrainConfig().seed,
-    fraction: Annotated[float, typer.Option(help="part of the questions")] = 1.0,
+    data: DataOption = DEFAULTS.data,
+    work: WorkOption = DEFAULTS.work,
+    seed: SeedOption = DEFAULTS.seed,
+    fraction: FractionOption = DEFAULTS.fraction,
     resume: Annotated[bool, typer.Option(help="go on from the checkpoint, if any")] = True,
-    settings: Annotated[
-        str, typer.Option(help="other settings as JSON, for example '{\"steps\": 100}'")
-    ] = "{}",
+    settings: SettingsOption = "{}",
 ) -> None:
     """Train from the base, or go on from the last checkpoint."""
     from miaotui.training.pipeline import make_trainer, set_up
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    given = TrainConfig.model_validate_json(settings).model_dump(exclude_unset=True)
-    config = TrainConfig(
-        **{"data": data, "work": work, "seed": seed, "fraction": fraction, **given}
-    )
+    config = configure(data, work, seed, fraction, settings)
     trainer = make_trainer(set_up(config))
     if resume and trainer.checkpoint_path.exists():
         trainer.resume()
     trainer.run()
+
+
+@app.command()
+def export(
+    data: DataOption = DEFAULTS.data,
+    work: WorkOption = DEFAULTS.work,
+    out: Annotated[Path, typer.Option(help="folder to write")] = BUNDLED,
+    limit: LimitOption = 400,
+    settings: SettingsOption = "{}",
+) -> None:
+    """Write the trained model for transformers, calibrate it, score it, write its card."""
+    from miaotui.training import pipeline
+
+    config = configure(data, work, DEFAULTS.seed, DEFAULTS.fraction, settings)
+    typer.echo(pipeline.export(pipeline.set_up(config), out, limit).model_dump_json(indent=2))
+
+
+@app.command()
+def evaluate(
+    data: DataOption = DEFAULTS.data,
+    model: Annotated[Path, typer.Option(help="folder of an exported model")] = BUNDLED,
+    limit: LimitOption = 400,
+) -> None:
+    """Score an exported model on the held-out questions, with the threshold it carries."""
+    from miaotui.training.pipeline import evaluate_folder
+
+    config = configure(data, DEFAULTS.work, DEFAULTS.seed, DEFAULTS.fraction, "{}")
+    typer.echo(evaluate_folder(config, model, limit).model_dump_json(indent=2))
 
 
 if __name__ == "__main__":

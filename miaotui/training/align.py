@@ -99,7 +99,7 @@ def align(
             ids, mask = pad([words[i] for i in part])
             student = F.normalize(pooled(model, ids.to(device), mask.to(device)).float(), dim=1)
             loss = 1 - (student * targets[part].to(device)).sum(1).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

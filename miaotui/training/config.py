@@ -34,27 +34,27 @@ class TrainConfig(BaseModel):
     data: Path = Path("../shared/qa")
     work: Path = Path(".train/qa")
     seed: int = 20261124
-    fraction: float = Field(1.0, gt=0, le=1, description="part of the training questions used")
+    fraction: float = Field(default=1.0, gt=0, le=1, description="part of the questions used")
     threads: int = 2
 
-    vocabulary: int = Field(5900, description="Chinese characters and signs in the vocabulary")
+    vocabulary: int = Field(default=5900, description="Chinese characters and signs")
     align_epochs: int = 3
 
     steps: int = 2600
     warmup: int = 100
-    decay_from: int = Field(1700, description="step from which the rate falls linearly to zero")
-    late_from: int = Field(1600, description="step from which the late mixture is drawn")
+    decay_from: int = Field(default=1700, description="the rate falls to 0 from here")
+    late_from: int = Field(default=1600, description="the late mixture is drawn from here")
     batch: int = 16
-    chunk: int = Field(12, description="batches that are drawn together and sorted by length")
+    chunk: int = Field(default=12, description="batches drawn and sorted together")
     early: Mixture = Mixture(wiki=0.21, amazon=0.14, reddit=0.14, qamr=0.22, cmrc=0.15, drcd=0.14)
     late: Mixture = Mixture(wiki=0.36, amazon=0.13, reddit=0.11, qamr=0.10, cmrc=0.16, drcd=0.14)
 
-    crop_low: int = Field(40, description="fewest passage tokens in a training window")
-    crop_first: int = Field(80, description="most passage tokens at step 0")
-    crop_last: int = Field(208, description="most passage tokens from crop_steps on")
+    crop_low: int = Field(default=40, description="fewest passage tokens in a training window")
+    crop_first: int = Field(default=80, description="most passage tokens at step 0")
+    crop_last: int = Field(default=208, description="most passage tokens from crop_steps on")
     crop_steps: int = 1600
-    unanswerable: float = Field(0.12, description="share of questions paired with a wrong passage")
-    mask: float = Field(0.12, description="share of Chinese passage tokens masked and predicted")
+    unanswerable: float = Field(default=0.12, description="share of wrong passages")
+    mask: float = Field(default=0.12, description="share of Chinese tokens masked")
     mask_weight: float = 0.3
 
     rate: float = 2e-4
@@ -65,10 +65,10 @@ class TrainConfig(BaseModel):
     weight_decay: float = 0.01
     clip: float = 1.0
     dropout: float = 0.0
-    average: float = Field(0.997, description="decay of the running average of the weights")
+    average: float = Field(default=0.997, description="decay of the running average of the weights")
 
     max_length: int = 384
-    stride: int = Field(128, description="tokens by which two windows of a passage overlap")
+    stride: int = Field(default=128, description="tokens by which two windows of a passage overlap")
     max_question: int = 64
     evaluate_every: int = 360
     evaluate_questions: int = 50

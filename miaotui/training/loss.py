@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miaotui.training.features import Example
+from miaotui.training.maker import Example
 from miaotui.training.model import TrainingModel
 
 

@@ -68,7 +68,8 @@ class TrainingModel(nn.Module):
     def characters(self, hidden: Tensor) -> Tensor:
         """Logits of the new rows, float32 [positions, new rows], for float [positions, hidden]."""
         table = F.normalize(self.words.new, dim=1)
-        return (self.masked(hidden) @ table.T).float() * self.masked_scale
+        logits: Tensor = (self.masked(hidden) @ table.T).float() * self.masked_scale
+        return logits
 
 
 def base_folder() -> Path:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +11,32 @@ import torch
 from tokenizers import Tokenizer
 
 from miaotui.training.align import align, choose_words
+from miaotui.training.card import model_card
 from miaotui.training.config import TrainConfig
-from miaotui.training.data import Corpus, Split, read_corpus, subset
-from miaotui.training.features import Encoded, Maker, Special, encode
+from miaotui.training.data import Corpus, read_corpus, subset
+from miaotui.training.export import (
+    check_size,
+    save_config,
+    save_licence,
+    save_tokenizer,
+    save_weights,
+)
+from miaotui.training.features import Encoded, Special, encode
 from miaotui.training.glosses import read_dictionary
-from miaotui.training.model import TrainingModel, base_folder, base_state, from_base
-from miaotui.training.predict import Pair, model_logits, predict
+from miaotui.training.maker import Maker
+from miaotui.training.model import TrainingModel, base_folder, base_state, from_base, to_plain
+from miaotui.training.noanswer import Calibration
+from miaotui.training.predict import model_logits
+from miaotui.training.report import (
+    Results,
+    calibration_of,
+    em_f1,
+    measure,
+    plain_logits,
+    question_numbers,
+    results,
+)
 from miaotui.training.sampler import Sampler
-from miaotui.training.scorer import best_scores
 from miaotui.training.train import Trainer, pick_device
 from miaotui.training.vocab import (
     Vocabulary,
@@ -54,9 +72,11 @@ def prepare_rows(config: TrainConfig, corpus: Corpus) -> tuple[Vocabulary, torch
     base_tokenizer.no_padding()
     base_tokenizer.no_truncation()
     texts = [p.text for p in corpus.passages if p.language == "zh" and p.split == "train"]
-    for question in corpus.select("train"):
-        if corpus.passages[question.passage].language == "zh":
-            texts.append(question.text)
+    texts += [
+        question.text
+        for question in corpus.select("train")
+        if corpus.passages[question.passage].language == "zh"
+    ]
     entries = read_dictionary()
     known = set(base_tokenizer.get_vocab())
     groups = choose_characters(texts, entries, known, config.vocabulary)
@@ -83,34 +103,21 @@ def set_up(config: TrainConfig, base: Path | None = None) -> Setup:
     return Setup(config, vocabulary, model, encoded, Special.of(vocabulary.tokenizer))
 
 
-def question_numbers(encoded: Encoded, split: Split) -> dict[str, list[int]]:
-    """Domain to the numbers of its questions in a split."""
-    numbers: dict[str, list[int]] = {}
-    for number, question in enumerate(encoded.corpus.questions):
-        passage = encoded.corpus.passages[question.passage]
-        if passage.split == split:
-            numbers.setdefault(passage.domain, []).append(number)
-    return numbers
-
-
-def scores(setup: Setup, model: TrainingModel, split: Split, limit: int) -> dict[str, float]:
-    """EM and F1 in per cent of at most ``limit`` random questions of each domain."""
-    result = {}
-    for domain, numbers in question_numbers(setup.encoded, split).items():
-        chosen = random.Random(0).sample(numbers, min(limit, len(numbers)))
-        corpus = setup.encoded.corpus
-        pairs = [Pair(n, corpus.questions[n].passage) for n in chosen]
-        found = predict(model_logits(model), setup.encoded, setup.special, pairs)
-        marks = []
-        for pair, prediction in zip(pairs, found, strict=True):
-            passage = corpus.passages[pair.passage]
-            truths = [
-                passage.text[a.start : a.end] for a in corpus.questions[pair.question].answers
-            ]
-            marks.append(best_scores(prediction.text, truths, passage.language))
-        result[f"{domain}_em"] = round(100 * sum(m[0] for m in marks) / len(marks), 1)
-        result[f"{domain}_f1"] = round(100 * sum(m[1] for m in marks) / len(marks), 1)
-    return result
+def dev_scores(setup: Setup, model: TrainingModel) -> dict[str, float]:
+    """EM and F1 in per cent on part of the development split."""
+    measured = measure(
+        model_logits(model),
+        setup.encoded,
+        setup.special,
+        "dev",
+        setup.config.evaluate_questions,
+        setup.config,
+        wrong=False,
+    )
+    found: dict[str, float] = {}
+    for domain, answered in measured.own.items():
+        found[f"{domain}_em"], found[f"{domain}_f1"] = em_f1(setup.encoded, answered)
+    return found
 
 
 def make_trainer(setup: Setup) -> Trainer:
@@ -124,9 +131,54 @@ def make_trainer(setup: Setup) -> Trainer:
         setup.encoded, setup.special, setup.vocabulary.rows.numpy(), setup.vocabulary.base_size
     )
     sampler = Sampler(maker, numbers, config)
-    return Trainer(
-        setup.model,
-        sampler,
-        config,
-        lambda model: scores(setup, model, "dev", config.evaluate_questions),
-    )
+    return Trainer(setup.model, sampler, config, lambda model: dev_scores(setup, model))
+
+
+def export(setup: Setup, out: Path, limit: int) -> Results:
+    """Write the averaged model of the checkpoint to ``out``, calibrated and measured.
+
+    The threshold comes from the development split, the scores from the held-out one, both by the
+    files as written. ``limit`` is how many questions of each domain are asked.
+    """
+    config = setup.config
+    trainer = make_trainer(setup)
+    trainer.resume()
+    plain = to_plain(trainer.averaged().cpu())
+    out.mkdir(parents=True, exist_ok=True)
+    save_weights(plain, out)
+    save_tokenizer(setup.vocabulary.tokenizer, out)
+    save_config(plain, out, config, Calibration(0.0, 1.0))
+    save_licence(out)
+    found = evaluate(setup.encoded, setup.special, config, out, limit)
+    save_config(plain, out, config, Calibration(found.threshold, found.scale))
+    (out / "results.json").write_text(found.model_dump_json(indent=2) + "\n")
+    card = model_card(config, setup.encoded.corpus, found, trainer.step, setup.vocabulary)
+    (out / "README.md").write_text(card, encoding="utf-8")
+    log.info("%d bytes in %s", check_size(out), out)
+    return found
+
+
+def evaluate(
+    encoded: Encoded,
+    special: Special,
+    config: TrainConfig,
+    folder: Path,
+    limit: int,
+    calibration: Calibration | None = None,
+) -> Results:
+    """Scores of an exported model on the held-out split; calibrated on dev unless given."""
+    logits = plain_logits(folder)
+    if calibration is None:
+        calibration = calibration_of(measure(logits, encoded, special, "dev", limit, config))
+    heldout = measure(logits, encoded, special, "heldout", limit, config)
+    return results(encoded, heldout, calibration, "heldout")
+
+
+def evaluate_folder(config: TrainConfig, folder: Path, limit: int) -> Results:
+    """Scores of an exported model with its own tokenizer and threshold."""
+    torch.set_num_threads(config.threads)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    own = json.loads((folder / "config.json").read_text(encoding="utf-8"))["miaotui"]
+    calibration = Calibration(own["no_answer_threshold"], own["no_answer_scale"])
+    encoded = encode(read_corpus(config.data), tokenizer, config.max_question)
+    return evaluate(encoded, Special.of(tokenizer), config, folder, limit, calibration)

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 from miaotui.training.config import TrainConfig
-from miaotui.training.features import Draw, Example, Maker
+from miaotui.training.maker import Draw, Example, Maker
 
 
 @dataclass

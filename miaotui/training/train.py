@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from miaotui.training import checkpoint
 from miaotui.training.config import TrainConfig
-from miaotui.training.features import Example
 from miaotui.training.loss import collate, losses
+from miaotui.training.maker import Example
 from miaotui.training.model import TrainingModel
 from miaotui.training.sampler import Sampler
 
@@ -47,7 +47,7 @@ def parameter_groups(model: TrainingModel, config: TrainConfig) -> list[dict[str
             return config.rate_heads
         parts = name.split(".")
         depth = int(parts[parts.index("layer") + 1]) if "layer" in parts else -1
-        return config.rate * config.layer_decay ** (layers - 1 - depth)
+        return float(config.rate * config.layer_decay ** (layers - 1 - depth))
 
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -213,10 +213,9 @@ class Trainer:
                 if (g := all_[i]) is not None
             ]
             parameter.grad = sum(gradients[1:], gradients[0]) if gradients else None
-        span, masked = (
-            sum(r[k] * len(p) for p, r in zip(parts, results, strict=False)) / len(examples)
-            for k in (0, 1)
-        )
+        weights = [len(part) / len(examples) for part in parts if part]
+        span = sum(r[0] * w for r, w in zip(results, weights, strict=True))
+        masked = sum(r[1] * w for r, w in zip(results, weights, strict=True))
         return span, masked, sum(r[2] for r in results)
 
     def _part(self, examples: list[Example]) -> tuple[float, float, int, tuple[Tensor | None, ...]]:

@@ -23,6 +23,10 @@ from torch import Tensor
 
 from miaotui.training.glosses import Entry, is_han, simplifications
 
+_STOP = frozenset(
+    ["-", ",", ";", ".", "'", "s", "a", "an", "and", "be", "in", "of", "on", "or", "the", "to"]
+)
+
 
 @dataclass
 class Vocabulary:
@@ -147,11 +151,12 @@ def initial_rows(
     total = center + length * torch.nn.functional.normalize(
         total + 0.3 * noise / noise.norm(dim=1, keepdim=True), dim=1
     )
+    first: Tensor = total
     for char, row in index.items():
         plain = base_tokenizer.token_to_id(unicodedata.normalize("NFKC", char))
         if plain is not None and not is_han(char):
-            total[row] = base_rows[plain]
-    return total
+            first[row] = base_rows[plain]
+    return first
 
 
 def gloss_vectors(
@@ -159,9 +164,7 @@ def gloss_vectors(
 ) -> list[Tensor | None]:
     """For each entry the mean centred row of its senses' words, or None without a sense."""
     center = base_rows[1000:].mean(dim=0)
-    stop = {
-        tokenizer.token_to_id(w) for w in "to the a an of in on for or and be - , ; . ' s".split()
-    }
+    stop = {tokenizer.token_to_id(word) for word in _STOP}
     encoded = tokenizer.encode_batch(
         [" ".join(e.senses[:2]) for e in entries], add_special_tokens=False
     )
