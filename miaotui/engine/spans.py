@@ -7,6 +7,7 @@ token's start plus end logit, the least of all windows.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -95,15 +96,15 @@ def read_spans(
         spans.add(first, band)
     best = float(spans.logits[0])
     top = max(best, null)
-    mass = spans.mass(top) + np.exp(null - top)
+    mass = spans.mass(top) + math.exp(null - top)
     no_answer_score = null - best
     return Reading(
         spans=tuple(
-            Span(int(first), int(first + extra), float(logit), float(np.exp(logit - top) / mass))
+            Span(int(first), int(first + extra), float(logit), math.exp(logit - top) / mass)
             for logit, first, extra in zip(spans.logits, spans.firsts, spans.extras, strict=True)
         ),
         no_answer_score=no_answer_score,
-        no_answer_probability=float(np.exp(null - top) / mass),
+        no_answer_probability=math.exp(null - top) / mass,
         answerable=no_answer_threshold is None or no_answer_score <= no_answer_threshold,
     )
 
@@ -208,11 +209,11 @@ class _Best:
 
     def _accumulate(self, flat: FloatArray, top: float) -> None:
         if top > self._top:
-            self._sum *= np.exp(self._top - top)
+            self._sum *= math.exp(self._top - top)
             self._top = top
         if self._top > -np.inf:
             self._sum += float(np.exp(flat - np.float32(self._top)).sum(dtype=np.float64))
 
     def mass(self, top: float) -> float:
         """Sum of exp(logit - top) over all spans."""
-        return float(self._sum * np.exp(self._top - top))
+        return float(self._sum * math.exp(self._top - top))
