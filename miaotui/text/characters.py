@@ -50,6 +50,15 @@ _UNWANTED = (
     *((0xD800, 0xDFFF), (0xFFFD, 0xFFFD), (0xFDD0, 0xFDEF)),  # what is left of broken text
     *((plane << 16 | 0xFFFE, plane << 16 | 0xFFFF) for plane in range(17)),  # noncharacters
 )
+# Prepend of GraphemeBreakProperty.txt, as inclusive ranges.
+_PREPENDED = (
+    *((0x600, 0x605), (0x6DD, 0x6DD), (0x70F, 0x70F), (0x890, 0x891), (0x8E2, 0x8E2)),
+    *((0xD4E, 0xD4E), (0x110BD, 0x110BD), (0x110CD, 0x110CD), (0x111C2, 0x111C3)),
+    *((0x113D1, 0x113D1), (0x1193F, 0x1193F), (0x11941, 0x11941), (0x11A3A, 0x11A3A)),
+    *((0x11A84, 0x11A89), (0x11D46, 0x11D46), (0x11F02, 0x11F02)),
+)
+# Blocks of Devanagari, Bengali, Gujarati, Oriya, Telugu and Malayalam, laid out alike.
+_CONJUNCT_BLOCKS = (0x900, 0x980, 0xA80, 0xB00, 0xC00, 0xD00)
 # Vertical tab, form feed, file to unit separators, next line.
 _SEPARATORS = ((0x0B, 0x0C), (0x1C, 0x1F), (0x85, 0x85))
 
@@ -73,12 +82,15 @@ class Kind:
     UNWANTED: Final = 8192  # controls, broken and invisible characters without meaning here
     SEPARATOR: Final = 16384  # controls that separate words
     JOINER: Final = 32768  # ZWNJ and ZWJ: spelling in some places, noise in others
+    PREPEND: Final = 65536  # belongs to the cluster after it
+    LINKER: Final = 131072  # virama that makes a conjunct of two consonants
+    CONSONANT: Final = 262144  # of the scripts with such a virama
 
 
-Kinds = NDArray[np.uint16]
+Kinds = NDArray[np.uint32]
 
 CLUSTERING: Final = (
-    Kind.EXTEND | Kind.REGIONAL | Kind.HANGUL_L | Kind.HANGUL_V | Kind.HANGUL_T
+    Kind.EXTEND | Kind.REGIONAL | Kind.HANGUL_L | Kind.HANGUL_V | Kind.HANGUL_T | Kind.PREPEND
 )  # without any of these, every character is a cluster of its own
 
 
@@ -88,14 +100,14 @@ def code_points(text: str) -> NDArray[np.uint32]:
 
 
 def kinds(text: str) -> Kinds:
-    """What each character is, as unions of `Kind`: uint16 `[characters]`."""
+    """What each character is, as unions of `Kind`: uint32 `[characters]`."""
     return table()[code_points(text)]
 
 
 @cache
 def table() -> Kinds:
-    """`Kind` of every code point, uint16 `[0x110000]`; built once in about 0.3 s."""
-    result = np.zeros(0x110000, np.uint16)
+    """`Kind` of every code point, uint32 `[0x110000]`; built once in about 0.3 s."""
+    result = np.zeros(0x110000, np.uint32)
     composing: set[str] = set()
     for code in (code for part in _ASSIGNED for code in part):
         character = chr(code)
@@ -153,6 +165,13 @@ def _mark_inner_decompositions(result: Kinds) -> None:
 def _mark_clusters(result: Kinds) -> None:
     for first, last in _PICTOGRAPHS:
         result[first : last + 1] |= Kind.PICTOGRAPH
+    for first, last in _PREPENDED:
+        result[first : last + 1] |= Kind.PREPEND
+    for block in _CONJUNCT_BLOCKS:
+        result[block + 0x4D] |= Kind.LINKER
+        result[block + 0x15 : block + 0x3A] |= Kind.CONSONANT
+        result[block + 0x58 : block + 0x60] |= Kind.CONSONANT
+    result[[*range(0x978, 0x980), 0x9F0, 0x9F1, 0xAF9, 0xB71]] |= Kind.CONSONANT
     result[0x1F1E6:0x1F200] |= Kind.REGIONAL
     result[[0xE33, 0xEB3, 0x200C, 0x200D, 0xFF9E, 0xFF9F]] |= Kind.EXTEND
     result[0x1F3FB:0x1F400] |= Kind.EXTEND

@@ -1,7 +1,6 @@
 """Boundaries of what readers take for one character (Unicode Annex 29).
 
-Extended grapheme clusters, but for prepended marks (a handful of rare characters) and
-Indic conjuncts, which may be cut after a virama as in the legacy clusters.
+Extended grapheme clusters, except that a mark never belongs to white space before it.
 """
 
 from __future__ import annotations
@@ -44,9 +43,14 @@ def _joined(codes: NDArray[np.uint32], properties: Kinds) -> NDArray[np.bool_]:
         found: NDArray[np.bool_] = (side & kind) != 0
         return found
 
-    # A mark after a control character (GB4) stands alone.
-    joined = have(right, Kind.EXTEND) & (codes[:-1] >= 0x20)
-    joined |= (codes[:-1] == _ZWJ) & have(right, Kind.PICTOGRAPH)
+    visible = (codes[:-1] >= 0x20) & ~have(left, Kind.SPACE)
+    joined = have(right, Kind.EXTEND) & visible
+    joined |= have(left, Kind.PREPEND) & (codes[1:] >= 0x20) & ~have(right, Kind.SPACE)
+    after_zwj = codes[:-1] == _ZWJ
+    joined |= after_zwj & have(right, Kind.PICTOGRAPH)
+    linked = have(left, Kind.LINKER)
+    linked[1:] |= after_zwj[1:] & linked[:-1]
+    joined |= linked & have(right, Kind.CONSONANT)
     hangul_syllable = Kind.HANGUL_L | Kind.HANGUL_V | Kind.HANGUL_LV | Kind.HANGUL_LVT
     joined |= have(left, Kind.HANGUL_L) & have(right, hangul_syllable)
     joined |= have(left, Kind.HANGUL_LV | Kind.HANGUL_V) & have(

@@ -61,6 +61,8 @@ class TextTokenizer:
         fingerprint: str,
         *,
         token_types: bool,
+        special_ids: Sequence[int],
+        unknown_id: int | None,
         limits: Limits,
     ) -> None:
         """See `load_tokenizer`; `backend` is a `tokenizers.Tokenizer`, which this one owns."""
@@ -76,6 +78,12 @@ class TextTokenizer:
         self.token_types = token_types
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.longest, self.max_length, self.stride = _lengths(config, model_dir)
+        # Unigram vocabularies hold special tokens as pieces, which the switch above misses.
+        self._unknown_id = -1 if unknown_id is None else unknown_id
+        self._forged = np.zeros(self.vocab_size, np.bool_)
+        if unknown_id is not None:
+            self._forged[list(special_ids)] = True
+            self._forged[unknown_id] = False
         self._fingerprints: dict[TextOptions, str] = {}
         table()  # so that no request waits for it
 
@@ -115,14 +123,15 @@ class TextTokenizer:
             encoding = self._backend.encode(aligned.text, add_special_tokens=False)
         else:
             encoding = self._backend.encode_batch([aligned.text], add_special_tokens=False)[0]
-        ids = encoding.ids
-        if not ids:
-            raise EmptyTextError(field, _empty(text))
+        ids = np.array(encoding.ids, np.int32)
+        forged = self._forged[ids]
+        if forged.any():
+            ids[forged] = self._unknown_id
         flat = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(ids))
         starts, ends = token_ranges(aligned, flat[::2], flat[1::2])
-        return TokenizedText(
-            np.array(ids, np.int32), starts, ends, len(text), self.text_fingerprint(options)
-        )
+        if not (ends > starts).any():
+            raise EmptyTextError(field, _empty(text))
+        return TokenizedText(ids, starts, ends, len(text), self.text_fingerprint(options))
 
     def windows(
         self,
@@ -219,6 +228,8 @@ def load_tokenizer(model_dir: Path, *, limits: Limits | None = None) -> TextToke
         config,
         fingerprint,
         token_types=token_types,
+        special_ids=tokenizer.all_special_ids,
+        unknown_id=tokenizer.unk_token_id,
         limits=limits or Limits(),
     )
 
