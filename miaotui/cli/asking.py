@@ -51,7 +51,7 @@ def ask_http(url: str, asked: Asked, options: Options) -> Reply:
     # The gateway is named outright: a proxy of the environment must not come between.
     with httpx.Client(timeout=options.timeout, trust_env=False) as client:
         try:
-            client.get(f"{url}/livez")  # opens the connection, which is no part of the answer
+            client.get(f"{url.rstrip("/")}/healthz")  # opens the connection, which is no part of the answer
             began = time.perf_counter()
             response = client.post(f"{url.rstrip('/')}/v1/qa", json=body)
             elapsed = (time.perf_counter() - began) * 1000
