@@ -50,7 +50,7 @@ class RpcServer:
             interceptors=[aio_server_interceptor(filter_=_UNTRACED)],
             options=SERVER_OPTIONS,
         )
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.aio)
         names = (service_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.aio)

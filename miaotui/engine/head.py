@@ -1,0 +1,279 @@
+"""Stage 0 as the head of a pipeline: queue, dispatch, results, and replay when it breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from miaotui.engine.batch import Batch, DropCode, SequenceMeta, StageTiming
+from miaotui.engine.scheduler import Job, Scheduler
+
+log = logging.getLogger(__name__)
+
+TokenIds = npt.NDArray[np.int32]
+TokenTypes = npt.NDArray[np.uint8]
+Logits = npt.NDArray[np.float32]
+
+
+class PipelineUnavailableError(Exception):
+    """The pipeline is not complete, so nothing can be computed now."""
+
+
+class DeadlineError(Exception):
+    """The deadline passed before the result was there."""
+
+
+class ComputeError(Exception):
+    """A stage failed to compute; the message names it."""
+
+
+@dataclass(slots=True)
+class Inference:
+    """A request's result."""
+
+    logits: list[Logits]
+    """float32 [tokens, 2] a sequence: start and end logits."""
+    timings: list[StageTiming]
+    """Per stage, the slowest sequence's."""
+
+
+@dataclass(slots=True)
+class _Request:
+    logits: list[Logits | None]
+    done: asyncio.Future[None]
+    timings: dict[int, StageTiming] = field(default_factory=dict)
+    started: bool = False
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """Bounds of the head."""
+
+    max_in_flight: int
+    """Batches in the pipeline at once; stages + 1 keeps every stage busy."""
+    grace: float = 15.0
+    """Seconds that requests wait for a broken pipeline to come back."""
+    max_attempts: int = 3
+    """How often a sequence is started before its request fails."""
+
+
+class Head:
+    """Holds requests from arrival to result. The event loop owns it; nothing here computes.
+
+    `compute` runs a batch through stage 0; `send` passes it to stage 1 (None where there is
+    only one stage); `cancel` tells the stages behind that nobody waits for some requests.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        settings: HeadSettings,
+        *,
+        compute: Callable[[Batch, Sequence[Job]], Awaitable[None]],
+        send: Callable[[Batch], Awaitable[None]] | None,
+        cancel: Callable[[Sequence[str]], None],
+    ) -> None:
+        self.scheduler = scheduler
+        self.settings = settings
+        self._compute = compute
+        self._send = send
+        self._cancel = cancel
+        self._requests: dict[str, _Request] = {}
+        self._running: dict[int, list[Job]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._batch_ids = itertools.count(1)
+        self._request_ids = itertools.count(1)
+        self._ready = False
+        self._reason = "the pipeline has not been verified yet"
+        self._down_since = -math.inf
+        self._give_up: asyncio.TimerHandle | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the pipeline is complete."""
+        return self._ready
+
+    @property
+    def running_sequences(self) -> int:
+        """Sequences in the pipeline now."""
+        return sum(len(jobs) for jobs in self._running.values())
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that wait for their result."""
+        return len(self._requests)
+
+    async def infer(
+        self,
+        request_id: str,
+        sequences: Sequence[tuple[TokenIds, TokenTypes | None]],
+        *,
+        deadline: float = math.inf,
+        trace: Mapping[str, str] | None = None,
+    ) -> Inference:
+        """Computes a request's sequences; they may run in different batches.
+
+        `deadline` on `time.monotonic()`. Raises `QueueFullError`,
+        `PipelineUnavailableError`, `DeadlineError` or `ComputeError`. Cancelling the call
+        frees the work at every stage.
+        """
+        if not self._ready and time.monotonic() - self._down_since > self.settings.grace:
+            raise PipelineUnavailableError(self._reason)
+        # Callers may reuse their ids; the pipeline's must be unique while in flight.
+        key = f"{request_id}#{next(self._request_ids)}"
+        jobs = [
+            Job(SequenceMeta(key, index, len(ids), deadline, trace or {}), ids, types)
+            for index, (ids, types) in enumerate(sequences)
+        ]
+        self.scheduler.add(jobs)
+        done = asyncio.get_running_loop().create_future()
+        request = _Request(logits=[None] * len(jobs), done=done)
+        self._requests[key] = request
+        self._pump()
+        try:
+            timeout = None if math.isinf(deadline) else deadline - time.monotonic()
+            async with asyncio.timeout(timeout):
+                await done
+        except TimeoutError as error:
+            raise DeadlineError("the deadline passed before the pipeline had answered") from error
+        finally:
+            self._forget(key)
+        logits = [item for item in request.logits if item is not None]
+        return Inference(logits, [request.timings[stage] for stage in sorted(request.timings)])
+
+    def complete(self, batch: Batch) -> None:
+        """Takes a batch's results: `hidden` is float32 [tokens, 2]."""
+        if self._running.pop(batch.batch_id, None) is None:
+            return  # of a pipeline that broke meanwhile: its sequences run again
+        for dropped in batch.dropped:
+            if dropped.code is DropCode.DEADLINE_EXCEEDED:
+                self._fail(dropped.request_id, DeadlineError(dropped.message))
+            elif dropped.code is DropCode.INTERNAL:
+                self._fail(dropped.request_id, ComputeError(dropped.message))
+        if batch.hidden is not None:
+            logits = batch.hidden.numpy()
+            begin = 0
+            for meta in batch.sequences:
+                self._store(meta, logits[begin : begin + meta.length], batch.timings)
+                begin += meta.length
+        self._pump()
+
+    def pipeline_up(self) -> None:
+        """All stages are there and fit together."""
+        self._ready = True
+        if self._give_up is not None:
+            self._give_up.cancel()
+            self._give_up = None
+        self._pump()
+
+    def pipeline_down(self, reason: str) -> None:
+        """A link broke: what is in flight will run again once the pipeline is back."""
+        self._reason = reason
+        if not self._ready:
+            return
+        self._ready = False
+        self._down_since = time.monotonic()
+        loop = asyncio.get_running_loop()
+        self._give_up = loop.call_later(self.settings.grace, self._fail_all)
+        replay: list[Job] = []
+        for jobs in self._running.values():
+            for job in jobs:
+                request = self._requests.get(job.meta.request_id)
+                if request is None or request.logits[job.meta.sequence] is not None:
+                    continue
+                job.attempts += 1
+                if job.attempts >= self.settings.max_attempts:
+                    error = PipelineUnavailableError(
+                        f"the pipeline broke {job.attempts} times under this request: {reason}"
+                    )
+                    self._fail(job.meta.request_id, error)
+                else:
+                    replay.append(job)
+        self._running.clear()
+        self.scheduler.put_back(replay)
+        log.warning("pipeline down (%s); %d sequences will run again", reason, len(replay))
+
+    async def drain(self, seconds: float) -> None:
+        """Waits until nothing is open, for at most `seconds`."""
+        if self._requests:
+            await asyncio.wait([r.done for r in self._requests.values()], timeout=seconds)
+
+    def _pump(self) -> None:
+        while self._ready and len(self._running) < self.settings.max_in_flight:
+            jobs = [job for job in self.scheduler.next_batch() if not self._overdue(job)]
+            if not jobs:
+                if not len(self.scheduler):
+                    return
+                continue
+            batch = Batch(next(self._batch_ids), [job.meta for job in jobs])
+            self._running[batch.batch_id] = jobs
+            batch.in_flight = len(self._running)
+            task = asyncio.create_task(self._run(batch, jobs))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, batch: Batch, jobs: list[Job]) -> None:
+        # A batch set out alone leaves other cores idle; what joins it until it computes counts.
+        batch.in_flight = max(batch.in_flight, len(self._running))
+        await self._compute(batch, jobs)
+        if batch.batch_id not in self._running:
+            return  # the pipeline broke meanwhile
+        if self._send is None or not batch.sequences:
+            self.complete(batch)
+            return
+        try:
+            await self._send(batch)
+        except ConnectionError as error:
+            if batch.batch_id in self._running:
+                self.pipeline_down(str(error))
+
+    def _overdue(self, job: Job) -> bool:
+        if job.meta.request_id not in self._requests:
+            return True
+        if job.meta.expired():
+            self._fail(
+                job.meta.request_id, DeadlineError("the deadline passed while this was queued")
+            )
+            return True
+        self._requests[job.meta.request_id].started = True
+        return False
+
+    def _store(self, meta: SequenceMeta, logits: Logits, timings: Sequence[StageTiming]) -> None:
+        request = self._requests.get(meta.request_id)
+        if request is None:
+            return
+        request.logits[meta.sequence] = logits
+        for timing in timings:
+            slowest = request.timings.get(timing.stage)
+            if slowest is None or timing.queue + timing.compute > slowest.queue + slowest.compute:
+                request.timings[timing.stage] = timing
+        if all(item is not None for item in request.logits) and not request.done.done():
+            request.done.set_result(None)
+
+    def _fail(self, key: str, error: Exception) -> None:
+        request = self._requests.get(key)
+        if request is not None and not request.done.done():
+            request.done.set_exception(error)
+
+    def _fail_all(self) -> None:
+        self._give_up = None
+        for key in list(self._requests):
+            self._fail(key, PipelineUnavailableError(self._reason))
+
+    def _forget(self, key: str) -> None:
+        """Frees what a request still holds, here and at the stages behind."""
+        request = self._requests.pop(key)
+        complete = all(item is not None for item in request.logits)
+        if complete:
+            return
+        self.scheduler.remove(key)
+        if request.started:
+            self._cancel([key])

@@ -1,0 +1,93 @@
+"""One stage's way with a batch: prune, compute, report."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from miaotui.engine.batch import Batch, CancelledSet, DropCode, StageTiming, drop_unwanted
+from miaotui.engine.observe import StageObserver
+from miaotui.engine.scheduler import Job
+from miaotui.engine.worker import ComputeWorker
+from miaotui.models.stage import StageBatch
+
+log = logging.getLogger(__name__)
+
+
+class StageRunner:
+    """Computes batches on the worker's thread; safe to call for several batches at once."""
+
+    def __init__(self, worker: ComputeWorker, *, stage: int) -> None:
+        self.stage = stage
+        self.observer = StageObserver(stage)
+        self._worker = worker
+
+    async def compute(
+        self, batch: Batch, cancelled: CancelledSet, jobs: Sequence[Job] | None = None
+    ) -> None:
+        """Replaces `batch.hidden` by this stage's output; `jobs`: stage 0's token ids.
+
+        Never raises for the batch's sake: sequences that are not computed are dropped with
+        the reason.
+        """
+        if jobs is None:
+            self._prune(batch, cancelled)
+        if not batch.sequences:
+            return
+        try:
+            done = await asyncio.wrap_future(
+                self._worker.submit(_stage_batch(batch, jobs), in_flight=batch.in_flight)
+            )
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            # The message may quote tensors' contents; its type and the log's trace do not.
+            log.exception("stage %d could not compute batch %d", self.stage, batch.batch_id)
+            message = f"stage {self.stage} failed to compute ({type(error).__name__}); see its log"
+            batch.fail(DropCode.INTERNAL, message)
+            return
+        batch.hidden = done.output
+        waited = max(done.started - meta.arrived for meta in batch.sequences)
+        batch.timings.append(
+            StageTiming(
+                stage=self.stage,
+                queue=waited,
+                compute=done.finished - done.started,
+                sequences=len(batch.sequences),
+                tokens=batch.tokens,
+            )
+        )
+        self.observer.computed(batch, done.started, done.finished)
+
+    def _prune(self, batch: Batch, cancelled: CancelledSet) -> None:
+        known = len(batch.dropped)
+        drop_unwanted(batch, cancelled)
+        for code, count in Counter(d.code.name.lower() for d in batch.dropped[known:]).items():
+            self.observer.dropped(code, count)
+
+    def close(self) -> None:
+        """Stops the compute thread."""
+        self._worker.close()
+
+
+def _stage_batch(batch: Batch, jobs: Sequence[Job] | None) -> StageBatch:
+    lengths = batch.lengths
+    if jobs is None:
+        return StageBatch(lengths, hidden=batch.hidden)
+    ids = torch.from_numpy(np.concatenate([job.input_ids for job in jobs]))
+    if all(job.token_type_ids is None for job in jobs):
+        return StageBatch(lengths, input_ids=ids)
+    types = torch.from_numpy(np.concatenate([_token_types(job) for job in jobs]))
+    return StageBatch(lengths, input_ids=ids, token_type_ids=types)
+
+
+def _token_types(job: Job) -> npt.NDArray[np.uint8]:
+    if job.token_type_ids is None:
+        return np.zeros(job.meta.length, np.uint8)
+    return job.token_type_ids

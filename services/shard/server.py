@@ -1,0 +1,176 @@
+"""A shard service: loads its layers, joins the ring, serves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import grpc
+import torch
+from miaotui.engine.worker import ComputeWorker
+from miaotui.models.partition import LayerRange, parse_layers, plan_stages
+
+from miaotui.engine.head import Head, HeadSettings
+from miaotui.engine.runner import StageRunner
+from miaotui.engine.scheduler import Scheduler
+from miaotui.models.stage import StageModel
+from miaotui.telemetry import setup_logging, setup_telemetry
+from miaotui.v1 import shard_pb2 as pb
+from miaotui.v1 import shard_pb2_grpc
+from services.rpc.server import RpcServer, run, serve
+from services.shard.convert import DTYPE_NAMES, DTYPES
+from services.shard.handshake import PROTOCOL_VERSION
+from services.shard.servicer import ShardServicer
+from services.shard.settings import ShardSettings
+from services.shard.stage import Stage
+
+log = logging.getLogger(__name__)
+
+SERVICE = "miaotui.v1.ShardService"
+
+
+def layer_range(settings: ShardSettings) -> LayerRange:
+    """The layers of this stage: given, or planned so that the stages' costs balance."""
+    stages = len(settings.addresses)
+    if not settings.layers:
+        return plan_stages(settings.model, stages).stages[settings.stage].layers
+    ranges = parse_layers(settings.layers)
+    if len(ranges) != stages:
+        raise ValueError(
+            f"layers {settings.layers!r} names {len(ranges)} ranges for {stages} stages"
+        )
+    return ranges[settings.stage]
+
+
+def stage_info(model: StageModel, settings: ShardSettings) -> pb.StageInfo:
+    """What the neighbours compare."""
+    info = model.info
+    wire = info.dtype if settings.wire_dtype == "auto" else settings.wire_dtype
+    return pb.StageInfo(
+        protocol_version=PROTOCOL_VERSION,
+        index=settings.stage,
+        stages=len(settings.addresses),
+        first_layer=info.first_layer,
+        end_layer=info.end_layer,
+        model_layers=info.model_layers,
+        model_fingerprint=info.fingerprint,
+        model_name=info.model_name,
+        model_type=info.model_type,
+        compute_dtype=DTYPES[info.dtype],
+        wire_dtype=DTYPES[wire],
+        hidden_size=info.hidden_size,
+        max_sequence_length=info.max_sequence_length,
+        vocab_size=info.vocab_size,
+        device=info.device,
+        parameter_bytes=info.parameter_bytes,
+        model_parameter_bytes=info.model_parameter_bytes,
+        address=settings.address,
+    )
+
+
+def build_stage(settings: ShardSettings, model: StageModel, server: RpcServer) -> Stage:
+    """Wires engine and links together."""
+    stages = len(settings.addresses)
+    info = stage_info(model, settings)
+    runner = StageRunner(
+        ComputeWorker(model, colocated_stages=settings.colocated), stage=settings.stage
+    )
+    stage = Stage(
+        info,
+        runner,
+        next_address=settings.addresses[(settings.stage + 1) % stages],
+        wire_dtype=DTYPE_NAMES[info.wire_dtype],
+        inbox_batches=max(settings.inbox_batches, stages + 1),
+        part_bytes=settings.part_bytes,
+        status_changed=server.set_serving,
+    )
+    if stage.is_head:
+        on_gpu = info.device.startswith("cuda")
+        scheduler = Scheduler(
+            stages=stages,
+            batch_tokens=settings.batch_tokens or (16_384 if on_gpu else 1_024),
+            min_batch_tokens=settings.min_batch_tokens,
+            max_sequences=settings.queue_sequences,
+            max_tokens=settings.queue_tokens,
+        )
+        stage.head = Head(
+            scheduler,
+            HeadSettings(
+                max_in_flight=settings.max_in_flight or stages + 1,
+                grace=settings.reconnect_grace,
+            ),
+            compute=lambda batch, jobs: runner.compute(batch, stage.cancelled, jobs),
+            send=stage.send if stages > 1 else None,
+            cancel=stage.cancel,
+        )
+    return stage
+
+
+def _register(server: RpcServer, servicer: ShardServicer) -> None:
+    # Registered first, so that it wins over the generated handler: Forward's frames stay bytes
+    # and are read without a copy (codec.py).
+    forward: grpc.RpcMethodHandler[bytes, pb.ForwardResponse] = (
+        grpc.stream_stream_rpc_method_handler(
+            servicer.Forward,
+            request_deserializer=None,
+            response_serializer=pb.ForwardResponse.SerializeToString,
+        )
+    )
+    handler = grpc.method_handlers_generic_handler(SERVICE, {"Forward": forward})
+    server.aio.add_generic_rpc_handlers((handler,))
+    shard_pb2_grpc.add_ShardServiceServicer_to_server(servicer, server.aio)
+
+
+async def serve_shard(settings: ShardSettings) -> None:
+    """Loads the stage's layers and serves until SIGINT or SIGTERM."""
+    telemetry = setup_telemetry("miaotui-shard", instance=f"shard-{settings.stage}")
+    model = await asyncio.to_thread(_load, settings)
+    server = RpcServer(SERVICE)
+    stage = build_stage(settings, model, server)
+    _register(server, ShardServicer(stage, max_request_sequences=settings.max_request_sequences))
+    ring: list[asyncio.Task[None]] = []
+
+    async def ready() -> None:
+        ring.append(asyncio.create_task(stage.run()))
+
+    async def drain() -> None:
+        stage.draining = True
+        await server.set_serving(False)
+        if stage.head is not None:
+            await stage.head.drain(settings.drain_seconds)
+
+    try:
+        await serve(
+            server,
+            settings.listen or settings.address,
+            grace=1.0,
+            ready=ready,
+            drain=drain,
+            metrics_port=settings.metrics_port,
+        )
+    finally:
+        for task in ring:
+            task.cancel()
+        stage.runner.close()
+        telemetry.shutdown()
+
+
+def _load(settings: ShardSettings) -> StageModel:
+    layers = layer_range(settings)
+    log.info("loading layers %s of %s", layers, settings.model.name)
+    model = StageModel.load(settings.model, layers, dtype=settings.dtype, device=settings.device)
+    log.info(
+        "%.1f of %.1f MB of parameters, %s on %s",
+        model.info.parameter_bytes / 1e6,
+        model.info.model_parameter_bytes / 1e6,
+        model.info.dtype,
+        model.info.device,
+    )
+    return model
+
+
+def main(settings: ShardSettings) -> int:
+    """Runs the service; returns the process's exit code: 2 for a configuration error."""
+    setup_logging(f"shard-{settings.stage}", settings.log_level)
+    torch.set_grad_enabled(False)
+    return run(lambda: serve_shard(settings))

@@ -1,0 +1,146 @@
+"""The gRPC face of a stage: Describe, Infer and Forward."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+import numpy as np
+import psutil
+from grpc import aio
+
+from miaotui.engine.head import (
+    ComputeError,
+    DeadlineError,
+    PipelineUnavailableError,
+    TokenIds,
+    TokenTypes,
+)
+from miaotui.engine.scheduler import QueueFullError
+from miaotui.telemetry import inject_context
+from miaotui.v1 import shard_pb2 as pb
+from miaotui.v1 import shard_pb2_grpc
+from services.shard.convert import timings_to_proto
+from services.shard.stage import ForwardContext, Stage
+
+log = logging.getLogger(__name__)
+
+_STATUS_OF_ERROR = {
+    QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    PipelineUnavailableError: grpc.StatusCode.UNAVAILABLE,
+    DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    ComputeError: grpc.StatusCode.INTERNAL,
+}
+
+
+InferContext = aio.ServicerContext[pb.InferRequest, pb.InferResponse]
+
+
+class InvalidSequenceError(ValueError):
+    """A request's sequence is not one that this model takes."""
+
+
+def read_sequence(
+    message: pb.TokenSequence, info: pb.StageInfo, index: int
+) -> tuple[TokenIds, TokenTypes | None]:
+    """A sequence's arrays, int32 and uint8 [tokens]; views of the message's bytes.
+
+    Raises `InvalidSequenceError`.
+    """
+    where = f"sequences[{index}]"
+    raw, types = message.input_ids, message.token_type_ids
+    if not raw or len(raw) % 4:
+        raise InvalidSequenceError(
+            f"{where}.input_ids: {len(raw)} bytes; int32 ids take 4 bytes each, at least one"
+        )
+    ids = np.frombuffer(raw, dtype="<i4")
+    if len(ids) > info.max_sequence_length:
+        raise InvalidSequenceError(
+            f"{where}: {len(ids)} tokens; this model takes {info.max_sequence_length} at most"
+        )
+    if int(ids.min()) < 0 or int(ids.max()) >= info.vocab_size:
+        raise InvalidSequenceError(
+            f"{where}.input_ids: ids must lie from 0 to {info.vocab_size - 1}; "
+            "was the text tokenised for another model?"
+        )
+    if not types:
+        return ids, None
+    if len(types) != len(ids):
+        raise InvalidSequenceError(
+            f"{where}.token_type_ids: {len(types)} bytes for {len(ids)} tokens; one a token"
+        )
+    return ids, np.frombuffer(types, dtype=np.uint8)
+
+
+class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
+    """Transport only: everything else is the stage's and the engine's."""
+
+    def __init__(self, stage: Stage, *, max_request_sequences: int) -> None:
+        self._stage = stage
+        self._max_sequences = max_request_sequences
+        self._process = psutil.Process()
+
+    async def Describe(
+        self, request: pb.ShardServiceDescribeRequest, context: grpc.ServicerContext
+    ) -> pb.ShardServiceDescribeResponse:
+        """Who this stage is and whether it serves."""
+        stage, head = self._stage, self._stage.head
+        status, reason = stage.status()
+        return pb.ShardServiceDescribeResponse(
+            stage=stage.info,
+            status=status,
+            reason=reason,
+            pipeline=stage.pipeline if stage.is_head else (),
+            queued_sequences=stage.queued,
+            running_sequences=head.running_sequences if head is not None else 0,
+            sequences_total=stage.runner.observer.sequences_total,
+            tokens_total=stage.runner.observer.tokens_total,
+            resident_bytes=self._process.memory_info().rss,
+        )
+
+    async def Infer(self, request: pb.InferRequest, context: InferContext) -> pb.InferResponse:
+        """Span logits of a request's sequences, through all stages."""
+        stage, head = self._stage, self._stage.head
+        if head is None:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"this is stage {stage.info.index}; requests go to stage 0",
+            )
+        if stage.draining:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "shutting down; try again elsewhere")
+        if not 1 <= len(request.sequences) <= self._max_sequences:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"sequences: {len(request.sequences)}; a request takes 1 to {self._max_sequences}",
+            )
+        try:
+            sequences = [
+                read_sequence(message, stage.info, index)
+                for index, message in enumerate(request.sequences)
+            ]
+        except InvalidSequenceError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        remaining = context.time_remaining()
+        deadline = math.inf if remaining is None else time.monotonic() + remaining
+        try:
+            result = await head.infer(
+                request.request_id, sequences, deadline=deadline, trace=inject_context()
+            )
+        except (QueueFullError, PipelineUnavailableError, DeadlineError, ComputeError) as error:
+            await context.abort(_STATUS_OF_ERROR[type(error)], str(error))
+        return pb.InferResponse(
+            logits=[
+                pb.SpanLogits(start=logits[:, 0].tobytes(), end=logits[:, 1].tobytes())
+                for logits in result.logits
+            ],
+            timings=timings_to_proto(result.timings),
+        )
+
+    async def Forward(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[bytes], context: ForwardContext
+    ) -> None:
+        """Registered by hand with raw bytes (server.py); see Stage.forward."""
+        await self._stage.forward(request_iterator, context)
