@@ -6,11 +6,9 @@ import asyncio
 import logging
 import math
 import socket
-import sys
 from contextlib import nullcontext
 
 import uvicorn
-from pydantic import ValidationError
 from starlette.types import ASGIApp
 
 from gateway.cache.backend import CacheBackend, EmbeddedBackend
@@ -93,7 +91,6 @@ async def serve_gateway(settings: GatewaySettings) -> None:
     Raises `AddressInUseError` where a listen address cannot be bound, `ValueError` for a
     setting that is not valid. Telemetry and logging are the caller's to set up.
     """
-    split_listen(settings.grpc_listen)
     metrics = GatewayMetrics()
     backends = open_backends(settings, metrics)
     upstream = Upstream(settings)
@@ -134,22 +131,11 @@ async def serve_gateway(settings: GatewaySettings) -> None:
             await backend.close()
 
 
-def main() -> int:
-    """Runs the gateway with settings from the environment; returns the exit code."""
-    setup_logging("gateway")
-    try:
-        settings = GatewaySettings()
-    except ValidationError as error:
-        for fault in error.errors(include_url=False, include_input=False, include_context=False):
-            name = "_".join(str(part) for part in fault["loc"]) or "settings"
-            log.error("setting %s is not valid: %s", name, fault["msg"])
-        return 2
+def main(settings: GatewaySettings) -> int:
+    """Runs the gateway until it is told to stop; returns the process's exit code."""
+    setup_logging("gateway", settings.log_level)
     telemetry = setup_telemetry("miaotui-gateway")
     try:
         return run(lambda: serve_gateway(settings))
     finally:
         telemetry.shutdown()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -61,6 +61,9 @@ def read_spans(
         characters=passage.characters,
         fingerprint=passage.fingerprint,
     )
+    tokens.check("passage")
+    if tokens.characters != len(request.context):
+        raise ValueError("the tokenised passage is not of the passage asked about")
     starts, ends = character_spans(
         tokens,
         np.array([span.first for span in reading.spans], np.int32),

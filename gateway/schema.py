@@ -19,12 +19,13 @@ DEFAULT_ANSWER_LENGTH = 30
 def _written(text: str) -> str:
     if "\0" in text:
         raise PydanticCustomError("nul", "must not contain the NUL character (U+0000)")
-    if not text or text.isspace():
+    if text.isspace():
         raise PydanticCustomError("blank", "must not be empty or blank")
     return text
 
 
-Text = Annotated[str, AfterValidator(_written), Field(json_schema_extra={"minLength": 1})]
+# The length check also refuses lone surrogates, which pydantic lets pass without one.
+Text = Annotated[str, Field(min_length=1), AfterValidator(_written)]
 
 EXAMPLE_EN: dict[str, Any] = {
     "question": "When was the museum founded?",
@@ -167,6 +168,8 @@ def field_errors(error: ValidationError, pointer: str = "") -> list[FieldError]:
             message = "this field is required"
         elif kind == "model_type":
             message = "must be a JSON object"
+        elif kind == "string_too_short":
+            message = "must not be empty or blank"
         elif kind == "string_unicode":
             message = "must be valid Unicode, without lone surrogates"
         else:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, SecretStr, model_validator
+from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -27,9 +27,9 @@ class GatewaySettings(BaseSettings):
     shard: str = Field(default="127.0.0.1:50060", description="host:port of stage 0")
 
     max_body_bytes: Positive = Field(default=1024 * 1024, description="larger bodies get 413")
-    max_question_characters: Positive = 4_000
-    max_context_characters: Positive = 500_000
-    max_batch_items: Positive = 256
+    max_question_characters: Positive = Field(default=4_000, description="longest question")
+    max_context_characters: Positive = Field(default=500_000, description="longest passage")
+    max_batch_items: Positive = Field(default=256, description="most questions of one batch")
     batch_concurrency: Positive = Field(
         default=16, description="items of one batch computed at once"
     )
@@ -55,7 +55,7 @@ class GatewaySettings(BaseSettings):
         validation_alias=AliasChoices("MIAOTUI_GATEWAY_REDIS_URL", "REDIS_URL", "redis_url"),
         description="Redis to cache in; absent: memory of this process",
     )
-    cache_ttl_seconds: Positive = 3600
+    cache_ttl_seconds: Positive = Field(default=3600, description="how long answers are kept")
     answer_cache_bytes: Positive = Field(
         default=64 * 1024 * 1024, description="embedded cache only"
     )
@@ -70,6 +70,16 @@ class GatewaySettings(BaseSettings):
         default_factory=lambda: SecretStr(secrets.token_hex(32)),
         description="keys the cache's hashes; gateways that share a cache must share it",
     )
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least severe records that are logged"
+    )
+
+    @field_validator("http_listen", "grpc_listen")
+    @classmethod
+    def _check_listen(cls, listen: str) -> str:
+        split_listen(listen)
+        return listen
 
     @model_validator(mode="after")
     def _check(self) -> GatewaySettings:

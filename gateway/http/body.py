@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any, NoReturn
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from gateway.errors import GatewayError
 from gateway.settings import GatewaySettings
@@ -44,24 +44,24 @@ async def _read(request: Request, settings: GatewaySettings) -> bytes:
         if "expect" not in request.headers:
             await _drain(request, limit * _DRAIN_FACTOR)
         raise too_large
-    chunks: list[bytes] = []
-    size = 0
+    body = bytearray()
+    more = True
     try:
         async with asyncio.timeout(settings.body_timeout):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    chunks.clear()
-                    break
-                chunks.append(chunk)
+            while more and len(body) <= limit:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise GatewayError("client-closed", "The caller went away.")
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
     except TimeoutError:
         raise GatewayError("body-timeout", "The body stopped on its way.") from None
-    except ClientDisconnect:
-        raise GatewayError("client-closed", "The caller went away.") from None
-    if size > limit:
-        await _drain(request, limit * _DRAIN_FACTOR)
+    if len(body) > limit:
+        body.clear()
+        if more:
+            await _drain(request, limit * _DRAIN_FACTOR)
         raise too_large
-    return b"".join(chunks)
+    return bytes(body)
 
 
 async def _drain(request: Request, limit: int) -> None:

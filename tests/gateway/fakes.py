@@ -35,6 +35,7 @@ class Faults:
         self.codes: list[grpc.StatusCode] = []
         self.detail = "the fake was told to fail"
         self.garbage = False
+        self.shift = 0
         self.metadata: list[dict[str, Any]] = []
         self.remaining: list[float | None] = []
         self.request_ids: list[str] = []
@@ -93,8 +94,8 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             text = request.text
             passage = tokenizer_pb.TokenizedText(
                 input_ids=_ints([ord(c) for c in text]),
-                starts=_ints(list(range(len(text)))),
-                ends=_ints(list(range(1, len(text) + 1))),
+                starts=_ints([i + self.faults.shift for i in range(len(text))]),
+                ends=_ints([i + 1 + self.faults.shift for i in range(len(text))]),
                 characters=len(text),
                 fingerprint=self.tokenizer_fingerprint,
             )
