@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -65,6 +66,7 @@ class Upstream:
         self._reason = "The gateway has not looked at its services yet."
         self._lock = asyncio.Lock()
         self._stale = asyncio.Event()
+        self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.pipeline: shard_pb.ShardServiceDescribeResponse | None = None
 
@@ -153,7 +155,10 @@ class Upstream:
         while True:
             await self.look()
             pause = self._poll_seconds if self._served else UNREADY_POLL_SECONDS
-            await asyncio.sleep(pause)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._wake.wait()
+            self._wake.clear()
 
     async def _watch(self, name: str, channel: aio.Channel) -> None:
         state = channel.get_state(try_to_connect=True)
@@ -163,6 +168,7 @@ class Upstream:
             if before is grpc.ChannelConnectivity.READY:
                 self._stale.set()
                 self._served, self._reason = None, f"The connection to {name} was lost."
+                self._wake.set()
 
     async def close(self) -> None:
         """Stops watching and closes the links."""

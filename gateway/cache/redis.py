@@ -67,15 +67,11 @@ class RedisBackend:
         return not self._breaker.is_open
 
     async def _works(self) -> bool:
-        # Writes as well, because a full Redis still answers PING; within an operation's
-        # own deadline once there is a connection, because a slow Redis is of no use.
+        # Writes as well, because a full Redis still answers PING.
         key = PREFIX + b"probe"
         try:
             async with asyncio.timeout(PROBE_SECONDS):
-                await self._redis.get(key)
-            async with asyncio.timeout(self._timeout):
                 await self._redis.set(key, b"1", ex=5)
-            async with asyncio.timeout(self._timeout):
                 return bool(await self._redis.get(key) == b"1")
         except Exception:  # noqa: BLE001 - replies that are no Redis protocol raise anything
             return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,14 @@ from tests.gateway.fakes import Fakes, running_fakes
 from tests.processes import RedisServer, ServiceProcess, free_port
 
 PYTHON_MODULE = "gateway"
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Waits until the condition holds; fails where it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that in time"
+        await asyncio.sleep(0.02)
 
 
 class Gateway:
