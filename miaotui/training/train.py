@@ -144,14 +144,18 @@ class Trainer:
         del self._held
         self.model.train()
 
-    def run(self) -> None:
-        """Train until ``config.steps``; SIGTERM or SIGINT writes a checkpoint and returns."""
+    def run(self, until: int | None = None) -> None:
+        """Train until ``config.steps`` or, with a checkpoint, only ``until`` a step before.
+
+        SIGTERM or SIGINT writes a checkpoint and returns after the step in hand.
+        """
         config = self.config
+        last = config.steps if until is None else min(until, config.steps)
         previous = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
         self.model.train()
         window: list[tuple[float, float, int]] = []
         try:
-            while self.step < config.steps and not self.stopping:
+            while self.step < last and not self.stopping:
                 number, skip = divmod(self.step, config.chunk)
                 self.chunk_taken = dict(self.sampler.taken)
                 for examples in self.sampler.chunk(number)[skip:]:
@@ -162,14 +166,14 @@ class Trainer:
                     if self.step % 20 == 0:
                         self._report(window)
                         window.clear()
-                    if self.step >= config.steps or self.stopping:
+                    if self.step >= last or self.stopping:
                         break
                     if self.step % config.checkpoint_every == 0:
                         self.save()
                     if self.step % config.evaluate_every == 0:
                         self._evaluate()
             self.save()
-            if not self.stopping:
+            if self.step >= config.steps:
                 self._evaluate()
         finally:
             for number_, handler in previous.items():

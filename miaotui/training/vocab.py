@@ -135,11 +135,12 @@ def initial_rows(
     for entry, vector in zip(entries, glosses, strict=True):
         if vector is None:
             continue
-        word = entry.simplified
-        weight = 1.0 if len(word) == 1 else 0.15 / len(word) ** 2
-        for char in word:
-            if char in index:
-                total[index[char]] += weight * vector
+        size = len(entry.simplified)
+        weight = 1.0 if size == 1 else 0.15 / size**2
+        for new, old in zip(entry.simplified, entry.traditional, strict=False):
+            row = index.get(new, index.get(old))
+            if row is not None:
+                total[row] += weight * vector
     generator = torch.Generator().manual_seed(0)
     center = base_rows[1000:].mean(dim=0)
     length = (base_rows[1000:] - center).norm(dim=1).mean()
