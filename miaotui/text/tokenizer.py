@@ -35,7 +35,7 @@ _PADDED_POSITIONS = frozenset(("camembert", "roberta", "xlm-roberta", "xlm-rober
 # Defaults of transformers' configurations; other types have no token types, or but one.
 _TYPE_VOCAB_SIZES = {"bert": 2, "electra": 2}
 # From here on the binding that releases the GIL is used, so that a thread pool helps.
-_LONG_TEXT = 4096
+LONG_TEXT = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class TextTokenizer:
         aligned = clean(text, options)
         if not aligned.text:
             raise EmptyTextError(field, _empty(text))
-        if len(aligned.text) < _LONG_TEXT:
+        if len(aligned.text) < LONG_TEXT:
             encoding = self._backend.encode(aligned.text, add_special_tokens=False)
         else:
             encoding = self._backend.encode_batch([aligned.text], add_special_tokens=False)[0]

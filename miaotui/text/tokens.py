@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from miaotui.text.alignment import AlignedText, IntArray
 from miaotui.text.characters import Kind, kinds
@@ -82,9 +84,9 @@ def _trim(text: str, starts: IntArray, ends: IntArray) -> tuple[IntArray, IntArr
 
 
 def character_spans(
-    passage: TokenizedText, first: IntArray, last: IntArray
+    passage: TokenizedText, first: NDArray[np.integer[Any]], last: NDArray[np.integer[Any]]
 ) -> tuple[IntArray, IntArray]:
-    """Characters of token runs `[first, last]` (inclusive), int32 `[spans]` in and out.
+    """Characters of token runs `[first, last]` (inclusive): int32 `[spans]` each.
 
     White space at a run's ends is left out. Raises `TokenRangeError`.
     """

@@ -1,0 +1,1 @@
+"""The tokenizer service: text in, windows of token ids out, and back again."""

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miaotui.text.alignment import AlignedText
-from miaotui.text.cleaning import Normalization, TextOptions, clean
+from miaotui.text.cleaning import TextOptions, clean
 from miaotui.text.graphemes import widen
-from miaotui.text.normalization import normalize
+from miaotui.text.normalization import Normalization, normalize
 from tests.text.strategies import FAMILY, anything, hard_texts, markup_texts, texts
 
 options = st.builds(TextOptions, st.sampled_from(Normalization), st.booleans())

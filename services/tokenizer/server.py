@@ -1,0 +1,65 @@
+"""The tokenizer service: loads a model directory's tokenizer and serves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from miaotui.models.errors import ModelError
+from miaotui.models.fingerprint import model_fingerprint
+from miaotui.telemetry import setup_logging, setup_telemetry
+from miaotui.text.errors import ModelDirectoryError
+from miaotui.text.tokenizer import Limits, TextTokenizer, load_tokenizer
+from miaotui.v1 import tokenizer_pb2_grpc
+from services.rpc.server import RpcServer, run, serve
+from services.tokenizer.servicer import TokenizerServicer
+from services.tokenizer.settings import TokenizerSettings
+from services.tokenizer.workers import Workers
+
+log = logging.getLogger(__name__)
+
+SERVICE = "miaotui.v1.TokenizerService"
+
+
+async def serve_tokenizer(settings: TokenizerSettings) -> None:
+    """Serves until SIGINT or SIGTERM. Raises `ModelDirectoryError`."""
+    telemetry = setup_telemetry("miaotui-tokenizer")
+    tokenizer, fingerprint = await asyncio.to_thread(_load, settings)
+    workers = Workers(settings.worker_threads, settings.max_waiting)
+    server = RpcServer(SERVICE)
+    tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(
+        TokenizerServicer(tokenizer, fingerprint, workers, max_spans=settings.max_spans),
+        server.aio,
+    )
+    try:
+        await serve(
+            server,
+            settings.listen,
+            grace=settings.drain_seconds,
+            metrics_port=settings.metrics_port,
+        )
+    finally:
+        workers.close()
+        telemetry.shutdown()
+
+
+def _load(settings: TokenizerSettings) -> tuple[TextTokenizer, str]:
+    limits = Limits(settings.max_characters, settings.max_window_tokens)
+    try:
+        fingerprint = model_fingerprint(settings.model)
+    except ModelError as error:
+        raise ModelDirectoryError(str(error)) from error
+    tokenizer = load_tokenizer(settings.model, limits=limits)
+    log.info(
+        "tokenizer of %s: %d ids, windows of %d tokens",
+        settings.model.name,
+        tokenizer.vocab_size,
+        tokenizer.max_length,
+    )
+    return tokenizer, fingerprint
+
+
+def main(settings: TokenizerSettings) -> int:
+    """Runs the service; returns the process's exit code: 2 for a configuration error."""
+    setup_logging("tokenizer", settings.log_level)
+    return run(lambda: serve_tokenizer(settings))

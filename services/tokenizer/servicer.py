@@ -1,0 +1,176 @@
+"""The gRPC face of the tokenizer: transport only, the work is `miaotui.text`'s."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NoReturn
+
+import grpc
+import numpy as np
+from grpc import aio
+from opentelemetry import metrics, trace
+
+from miaotui.text.errors import (
+    FingerprintMismatchError,
+    TextError,
+    TextTooLargeError,
+    TokenRangeError,
+)
+from miaotui.text.tokenizer import TextTokenizer
+from miaotui.text.tokens import character_spans
+from miaotui.v1 import tokenizer_pb2 as pb
+from miaotui.v1 import tokenizer_pb2_grpc
+from services.tokenizer.convert import (
+    options_from_proto,
+    tokens_from_proto,
+    tokens_to_proto,
+    window_to_proto,
+)
+from services.tokenizer.workers import BusyError, Workers
+
+log = logging.getLogger(__name__)
+
+Context = aio.ServicerContext[Any, Any]
+
+# Of TextError's kinds; the others are INVALID_ARGUMENT.
+_STATUSES = (
+    (FingerprintMismatchError, grpc.StatusCode.FAILED_PRECONDITION),
+    (TokenRangeError, grpc.StatusCode.OUT_OF_RANGE),
+    (TextTooLargeError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+)
+
+
+class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
+    """Implements `miaotui.v1.TokenizerService`."""
+
+    def __init__(
+        self, tokenizer: TextTokenizer, model_fingerprint: str, workers: Workers, *, max_spans: int
+    ) -> None:
+        """`model_fingerprint`: the one that the shards report."""
+        self._tokenizer = tokenizer
+        self._workers = workers
+        self._max_spans = max_spans
+        self._description = pb.TokenizerServiceDescribeResponse(
+            model_fingerprint=model_fingerprint,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            max_length=tokenizer.max_length,
+            stride=tokenizer.stride,
+        )
+        meter = metrics.get_meter("miaotui.tokenizer")
+        self._tokens = meter.create_counter(
+            "miaotui.tokenizer.tokens", "{token}", "Passage tokens made"
+        )
+        self._windows = meter.create_counter(
+            "miaotui.tokenizer.windows", "{window}", "Windows made"
+        )
+        self._refused = meter.create_counter(
+            "miaotui.tokenizer.refused", "{request}", "Requests refused, by status"
+        )
+
+    async def Describe(
+        self, request: pb.TokenizerServiceDescribeRequest, context: Context
+    ) -> pb.TokenizerServiceDescribeResponse:
+        """What this service tokenises for."""
+        return self._description
+
+    async def Encode(self, request: pb.EncodeRequest, context: Context) -> pb.EncodeResponse:
+        """A question and a passage to the model's inputs."""
+        # Bytes of int32 ids, so that the size is in tokens, like characters of cost.
+        size = len(request.question) + max(len(request.text), len(request.tokenized.input_ids) // 4)
+        try:
+            return await self._workers.run(size, lambda: self._encode(request))
+        except (TextError, BusyError) as error:
+            await self._refuse(context, error)
+
+    def _encode(self, request: pb.EncodeRequest) -> pb.EncodeResponse:
+        tokenizer = self._tokenizer
+        options = options_from_proto(request.options)
+        kind = request.WhichOneof("passage")
+        if kind is None:
+            raise TextError("passage", "neither text nor tokenized is set; send one of them")
+        if kind == "tokenized":
+            passage = tokens_from_proto(request.tokenized, "tokenized")
+            tokenizer.check_passage(passage, options, field="tokenized")
+        else:
+            passage = tokenizer.tokenize(request.text, options, field="text")
+            self._tokens.add(len(passage))
+        question = tokenizer.tokenize(request.question, options, field="question")
+        windows = tokenizer.windows(
+            question,
+            passage,
+            max_length=request.max_length or None,
+            stride=request.stride if request.HasField("stride") else None,
+        )
+        self._windows.add(len(windows))
+        trace.get_current_span().set_attributes(
+            {
+                "miaotui.passage.characters": passage.characters,
+                "miaotui.passage.tokens": len(passage),
+                "miaotui.passage.reused": kind == "tokenized",
+                "miaotui.question.tokens": len(question),
+                "miaotui.windows": len(windows),
+            }
+        )
+        return pb.EncodeResponse(
+            windows=[window_to_proto(window) for window in windows],
+            passage=None if kind == "tokenized" else tokens_to_proto(passage),
+        )
+
+    async def DecodeSpans(
+        self, request: pb.DecodeSpansRequest, context: Context
+    ) -> pb.DecodeSpansResponse:
+        """Token spans to characters."""
+        size = len(request.passage.input_ids) // 4 + len(request.spans)
+        try:
+            return await self._workers.run(size, lambda: self._decode_spans(request))
+        except (TextError, BusyError) as error:
+            await self._refuse(context, error)
+
+    def _decode_spans(self, request: pb.DecodeSpansRequest) -> pb.DecodeSpansResponse:
+        self._check_count("spans", len(request.spans))
+        passage = tokens_from_proto(request.passage, "passage")
+        passage.check("passage")
+        text = request.text
+        if text and len(text) != passage.characters:
+            raise TextError(
+                "text",
+                f"{len(text)} characters, but the passage was made of {passage.characters}; "
+                "send the text that was tokenised",
+            )
+        # int64 first: a uint32 may be too great for an int32.
+        first = np.fromiter((span.first for span in request.spans), np.int64)
+        last = np.fromiter((span.last for span in request.spans), np.int64)
+        starts, ends = character_spans(passage, first, last)
+        return pb.DecodeSpansResponse(
+            spans=[
+                pb.CharacterSpan(start=start, end=end, text=text[start:end])
+                for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+            ]
+        )
+
+    async def Decode(self, request: pb.DecodeRequest, context: Context) -> pb.DecodeResponse:
+        """Token ids to text."""
+        try:
+            self._check_count("ids", len(request.ids))
+            text = self._tokenizer.decode(
+                request.ids, skip_special_tokens=request.skip_special_tokens
+            )
+        except TextError as error:
+            await self._refuse(context, error)
+        return pb.DecodeResponse(text=text)
+
+    def _check_count(self, field: str, count: int) -> None:
+        if count > self._max_spans:
+            raise TextTooLargeError(
+                field, f"{count}; at most {self._max_spans} are taken, send several requests"
+            )
+
+    async def _refuse(self, context: Context, error: TextError | BusyError) -> NoReturn:
+        if isinstance(error, BusyError):
+            status = grpc.StatusCode.RESOURCE_EXHAUSTED
+        else:
+            matching = (status for kind, status in _STATUSES if isinstance(error, kind))
+            status = next(matching, grpc.StatusCode.INVALID_ARGUMENT)
+        self._refused.add(1, {"rpc.grpc.status_code": status.value[0]})
+        await context.abort(status, str(error))
