@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 SERVER_OPTIONS: Options = [
     *COMMON_OPTIONS,
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     # Two processes on one port would each get half of the requests, silently.
     ("grpc.so_reuseport", 0),
 ]

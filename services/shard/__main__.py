@@ -2,7 +2,14 @@
 
 import sys
 
-from services.shard.server import main
+from miaotui.engine.threads import configure_threads
+from services.rpc.settings import load_settings
 from services.shard.settings import ShardSettings
 
-sys.exit(main(ShardSettings()))
+if __name__ == "__main__":
+    settings = load_settings(ShardSettings)
+    configure_threads()  # before torch is imported
+
+    from services.shard.server import main
+
+    sys.exit(main(settings))

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 
-
 from miaotui.engine.batch import Batch, DropCode, Dropped, SequenceMeta, StageTiming
 from miaotui.engine.tensors import TensorFormatError, from_wire, to_wire
 from miaotui.v1 import shard_pb2 as pb

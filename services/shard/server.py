@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 import grpc
 import torch
-from miaotui.engine.worker import ComputeWorker
-from miaotui.models.partition import LayerRange, parse_layers, plan_stages
 
 from miaotui.engine.head import Head, HeadSettings
 from miaotui.engine.runner import StageRunner
 from miaotui.engine.scheduler import Scheduler
+from miaotui.engine.worker import ComputeWorker
+from miaotui.models.layers import LayerRange
+from miaotui.models.partition import parse_layers, plan_stages
 from miaotui.models.stage import StageModel
 from miaotui.telemetry import setup_logging, setup_telemetry
 from miaotui.v1 import shard_pb2 as pb
-from miaotui.v1 import shard_pb2_grpc
 from services.rpc.server import RpcServer, run, serve
 from services.shard.convert import DTYPE_NAMES, DTYPES
 from services.shard.handshake import PROTOCOL_VERSION
@@ -31,15 +32,14 @@ SERVICE = "miaotui.v1.ShardService"
 
 def layer_range(settings: ShardSettings) -> LayerRange:
     """The layers of this stage: given, or planned so that the stages' costs balance."""
-    stages = len(settings.addresses)
-    if not settings.layers:
-        return plan_stages(settings.model, stages).stages[settings.stage].layers
-    ranges = parse_layers(settings.layers)
-    if len(ranges) != stages:
+    count = len(settings.addresses)
+    wanted = parse_layers(settings.layers) if settings.layers else count
+    plan = plan_stages(settings.model, wanted, dtype=settings.dtype, device=settings.device)
+    if len(plan.stages) != count:
         raise ValueError(
-            f"layers {settings.layers!r} names {len(ranges)} ranges for {stages} stages"
+            f"layers {settings.layers!r} names {len(plan.stages)} ranges for {count} stages"
         )
-    return ranges[settings.stage]
+    return plan.stages[settings.stage].layers
 
 
 def stage_info(model: StageModel, settings: ShardSettings) -> pb.StageInfo:
@@ -107,18 +107,27 @@ def build_stage(settings: ShardSettings, model: StageModel, server: RpcServer) -
 
 
 def _register(server: RpcServer, servicer: ShardServicer) -> None:
-    # Registered first, so that it wins over the generated handler: Forward's frames stay bytes
-    # and are read without a copy (codec.py).
-    forward: grpc.RpcMethodHandler[bytes, pb.ForwardResponse] = (
-        grpc.stream_stream_rpc_method_handler(
+    # By hand, as the generated function would, but for Forward: its frames stay bytes and are
+    # read without a copy (codec.py).
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Describe": grpc.unary_unary_rpc_method_handler(
+            servicer.Describe,
+            request_deserializer=pb.ShardServiceDescribeRequest.FromString,
+            response_serializer=pb.ShardServiceDescribeResponse.SerializeToString,
+        ),
+        "Infer": grpc.unary_unary_rpc_method_handler(
+            servicer.Infer,
+            request_deserializer=pb.InferRequest.FromString,
+            response_serializer=pb.InferResponse.SerializeToString,
+        ),
+        "Forward": grpc.stream_stream_rpc_method_handler(
             servicer.Forward,
             request_deserializer=None,
             response_serializer=pb.ForwardResponse.SerializeToString,
-        )
-    )
-    handler = grpc.method_handlers_generic_handler(SERVICE, {"Forward": forward})
+        ),
+    }
+    handler = grpc.method_handlers_generic_handler(SERVICE, handlers)
     server.aio.add_generic_rpc_handlers((handler,))
-    shard_pb2_grpc.add_ShardServiceServicer_to_server(servicer, server.aio)
 
 
 async def serve_shard(settings: ShardSettings) -> None:
