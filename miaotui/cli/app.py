@@ -130,7 +130,9 @@ def up(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Show only the services' warnings and errors.")
     ] = False,
-    log_level: Annotated[str, typer.Option(help="Of the services: DEBUG, INFO, …")] = "INFO",
+    log_level: Annotated[
+        str, typer.Option(help="Of the services: debug, info, warning, error.")
+    ] = "info",
     ready_timeout: Annotated[
         float, typer.Option(help="Seconds that the services may take to start.")
     ] = 180.0,

@@ -49,11 +49,12 @@ def ask_http(url: str, asked: Asked, options: Options) -> Reply:
     if options.no_answer_threshold is not None:
         body["no_answer_threshold"] = options.no_answer_threshold
     # The gateway is named outright: a proxy of the environment must not come between.
+    base = url.rstrip("/")
     with httpx.Client(timeout=options.timeout, trust_env=False) as client:
         try:
-            client.get(f"{url.rstrip("/")}/healthz")  # opens the connection, which is no part of the answer
+            client.get(f"{base}/healthz")  # opens the connection, which is no part of the answer
             began = time.perf_counter()
-            response = client.post(f"{url.rstrip('/')}/v1/qa", json=body)
+            response = client.post(f"{base}/v1/qa", json=body)
             elapsed = (time.perf_counter() - began) * 1000
         except httpx.TimeoutException:
             raise AskError(f"no answer from {url} within {options.timeout:.0f} s") from None

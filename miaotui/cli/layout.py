@@ -35,7 +35,7 @@ class Wanted:
     wire_dtype: str = "auto"
     device: str = "auto"
     redis_url: str | None = None
-    log_level: str = "INFO"
+    log_level: str = "info"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def lay_out(wanted: Wanted) -> Layout:
                 **offline,
                 "MIAOTUI_TOKENIZER_MODEL": model,
                 "MIAOTUI_TOKENIZER_LISTEN": tokenizer,
-                "MIAOTUI_TOKENIZER_LOG_LEVEL": wanted.log_level,
+                "MIAOTUI_TOKENIZER_LOG_LEVEL": wanted.log_level.lower(),
             },
             grpc_probe(tokenizer),
             stop_order=2,
@@ -107,7 +107,7 @@ def lay_out(wanted: Wanted) -> Layout:
                     "MIAOTUI_SHARD_DTYPE": wanted.dtype,
                     "MIAOTUI_SHARD_WIRE_DTYPE": wanted.wire_dtype,
                     "MIAOTUI_SHARD_DEVICE": wanted.device,
-                    "MIAOTUI_SHARD_LOG_LEVEL": wanted.log_level,
+                    "MIAOTUI_SHARD_LOG_LEVEL": wanted.log_level.lower(),
                 },
                 shard_probe(address),
                 stop_order=1,
@@ -119,7 +119,7 @@ def lay_out(wanted: Wanted) -> Layout:
         "MIAOTUI_GATEWAY_GRPC_LISTEN": f"{wanted.host}:{chosen.grpc}",
         "MIAOTUI_GATEWAY_TOKENIZER": tokenizer,
         "MIAOTUI_GATEWAY_SHARD": stages[0],
-        "MIAOTUI_GATEWAY_LOG_LEVEL": wanted.log_level,
+        "MIAOTUI_GATEWAY_LOG_LEVEL": wanted.log_level.lower(),
     }
     if wanted.redis_url:
         gateway["REDIS_URL"] = wanted.redis_url
