@@ -34,6 +34,7 @@ _ASCII_SUSPECT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _ZWJ = "\u200d"
+_VIRAMA = 9  # canonical combining class
 _JOINERS = "\u200c\u200d"
 # Flags of regions (Scotland, …) are a black flag and the region spelled in tags.
 _BLACK_FLAG = "\U0001f3f4"
@@ -108,16 +109,25 @@ def _kept_joiner(text: str, start: int, end: int) -> str:
     joiner = next((character for character in text[start:end] if character in _JOINERS), "")
     if not joiner or start == 0:
         return ""
-    before, after = text[start - 1], text[end : end + 1]
-    if unicodedata.combining(before) == 9:
+    # Marks between the letter and the joiner may yet be reordered by normalisation.
+    base = start - 1
+    while base > 0 and unicodedata.combining(text[base]) not in (0, _VIRAMA):
+        base -= 1
+    if unicodedata.combining(text[base]) == _VIRAMA:
         return joiner
-    if not after:
+    if end == len(text):
         return ""
-    properties = table()
-    if joiner == _ZWJ and properties[ord(after)] & Kind.PICTOGRAPH:
+    letter, after = text[base], text[end]
+    if joiner == _ZWJ and _is_emoji(after, Kind.PICTOGRAPH):
         # Before it: a pictograph, a skin tone, or a variation selector after one.
-        emoji = Kind.PICTOGRAPH | Kind.EXTEND
-        return joiner if properties[ord(before)] & emoji else ""
-    between = _JOINING_SCRIPT.match(before) and _JOINING_SCRIPT.match(after)
-    letter = after.isalpha() and (before.isalpha() or unicodedata.category(before)[0] == "M")
-    return joiner if between and letter else ""
+        before = text[start - 1]
+        return joiner if _is_emoji(before, Kind.PICTOGRAPH | Kind.EXTEND) else ""
+    if not (_JOINING_SCRIPT.match(letter) and _JOINING_SCRIPT.match(after) and after.isalpha()):
+        return ""
+    return joiner if letter.isalpha() or unicodedata.category(letter)[0] == "M" else ""
+
+
+def _is_emoji(character: str, kinds_wanted: int) -> bool:
+    kind = int(table()[ord(character)])
+    # NFKC makes letters of some (™, ℹ); those stand in no sequence.
+    return bool(kind & kinds_wanted) and not kind & Kind.NFKC_CHANGES

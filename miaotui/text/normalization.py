@@ -50,5 +50,7 @@ def normalize(aligned: AlignedText, form: Normalization) -> AlignedText:
             normal = unicodedata.normalize(name, segment)  # type: ignore[arg-type]
             known[segment] = normal
         if normal != segment:
-            edits.append((start, end, normal))
+            # White space that begins a segment stays a character of its own.
+            own = int(segment[0].isspace() and normal[0] == segment[0] and len(segment) > 1)
+            edits.append((start + own, end, normal[own:]))
     return aligned.edit(edits)
