@@ -13,6 +13,7 @@ from typing import TypeVar
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.maint_notifications import MaintNotificationsConfig
 
 from gateway.cache.breaker import Breaker
 
@@ -52,7 +53,10 @@ class RedisBackend:
             timeout=timeout,
             socket_timeout=PROBE_SECONDS,
             socket_connect_timeout=PROBE_SECONDS,
-            retry=Retry(NoBackoff(), 0),
+            # Once more on a new connection, where Redis closed one that lay idle.
+            retry=Retry(NoBackoff(), 1),
+            # With these on, the pool hands out connections that Redis has closed.
+            maint_notifications_config=MaintNotificationsConfig(enabled=False),
         )
         self._redis = Redis(connection_pool=pool)
         self._release = self._redis.register_script(_RELEASE)

@@ -89,7 +89,7 @@ async def test_redis_killed_stopped_babbling_and_back_in_mid_load(
         assert failed >= 1
         redis_server.start()
         await until_hit(gateway, "r")
-        assert outages(gateway) == (1, 1)
+        assert outages(gateway) == (1, 1), gateway.process.tail()
 
         # Stopped: connections stay open and nothing is ever answered.
         redis_server.signal(signal.SIGSTOP)
