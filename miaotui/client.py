@@ -1,0 +1,264 @@
+"""Asks a Miaotui gateway over HTTP, blocking (`Client`) or not (`AsyncClient`).
+
+with Client("http://127.0.0.1:8080") as client:
+    answer = client.ask("When?", "It was in 1925.")
+    print(answer.text, answer.start, answer.end)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+DEFAULT_TIMEOUT_SECONDS = 10.0
+# What the network may take beside the time that the gateway has.
+_NETWORK_SECONDS = 5.0
+
+
+class MiaotuiError(Exception):
+    """No answer. `status`: HTTP status, 0 where no gateway was reached."""
+
+    def __init__(self, message: str, status: int = 0, problem: Mapping[str, Any] | None = None):
+        super().__init__(message)
+        self.status = status
+        self.problem = dict(problem or {})
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One candidate answer; offsets in code points, as Python counts: `context[start:end]`."""
+
+    text: str
+    start: int
+    end: int
+    score: float
+    logit: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer to one question; `timings` in milliseconds by hop."""
+
+    answerable: bool
+    candidates: tuple[Candidate, ...]
+    no_answer_score: float
+    model: str
+    model_fingerprint: str
+    cache: str
+    timings: Mapping[str, float]
+    trace_id: str
+    request_id: str
+
+    @property
+    def best(self) -> Candidate | None:
+        """The best candidate, if the passage holds an answer."""
+        return self.candidates[0] if self.answerable and self.candidates else None
+
+    @property
+    def text(self) -> str:
+        """The best candidate's text; empty where there is no answer."""
+        return self.best.text if self.best else ""
+
+    @property
+    def start(self) -> int | None:
+        """First character of the best candidate."""
+        return self.best.start if self.best else None
+
+    @property
+    def end(self) -> int | None:
+        """One past the last character of the best candidate."""
+        return self.best.end if self.best else None
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question over a passage, for `ask_many`; see the API's QaRequest for the fields."""
+
+    question: str
+    context: str
+    top_k: int = 1
+    max_answer_length: int = 30
+    no_answer_threshold: float | None = None
+    normalization: str = "nfc"
+    strip_markup: bool = False
+    no_cache: bool = False
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object of this question."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+class _Requests:
+    """What both clients share: how to ask, and how to read replies."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self._url = url.rstrip("/")
+        self._timeout = timeout
+
+    def _options(self) -> dict[str, Any]:
+        # A proxy of the environment must not come between: the gateway is named outright.
+        return {
+            "base_url": self._url,
+            "timeout": self._timeout + _NETWORK_SECONDS,
+            "trust_env": False,
+            "headers": {"X-Request-Timeout": f"{self._timeout:g}"},
+        }
+
+    def _unreachable(self, error: Exception) -> MiaotuiError:
+        return MiaotuiError(f"cannot reach a gateway at {self._url} ({type(error).__name__})")
+
+
+def _answer(body: Mapping[str, Any]) -> Answer:
+    return Answer(
+        answerable=body["answerable"],
+        candidates=tuple(Candidate(**candidate) for candidate in body["answers"]),
+        no_answer_score=body["no_answer_score"],
+        model=body["model"],
+        model_fingerprint=body["model_fingerprint"],
+        cache=body["cache"],
+        timings={hop["hop"]: hop["milliseconds"] for hop in body["timings"]},
+        trace_id=body["trace_id"],
+        request_id=body["request_id"],
+    )
+
+
+def _problem(problem: Mapping[str, Any], status: int) -> MiaotuiError:
+    faults = "; ".join(f"{e['pointer'] or '/'}: {e['detail']}" for e in problem.get("errors", ()))
+    message = f"{problem.get('title', 'no answer')}: {problem.get('detail', '')} {faults}".strip()
+    return MiaotuiError(message, status, problem)
+
+
+def _read(response: httpx.Response) -> Any:
+    """The JSON of a reply that was read; raises `MiaotuiError` for a problem."""
+    try:
+        body = response.json()
+    except ValueError:
+        raise MiaotuiError(
+            f"{response.url} does not answer as a gateway", response.status_code
+        ) from None
+    if response.status_code != 200:
+        raise _problem(body if isinstance(body, dict) else {}, response.status_code)
+    return body
+
+
+def _line(line: str) -> tuple[int, Answer | MiaotuiError]:
+    body = json.loads(line)
+    if "error" in body:
+        return body["index"], _problem(body["error"], body["error"]["status"])
+    return body["index"], _answer(body["response"])
+
+
+class Client(_Requests):
+    """Blocks while it waits. Use as a context manager, or call `close`."""
+
+    def __init__(self, url: str = DEFAULT_URL, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
+        """`timeout`: seconds that an answer may take (for `ask_many`, each of them)."""
+        super().__init__(url, timeout)
+        self._http = httpx.Client(**self._options())
+
+    def ask(self, question: str, context: str, **options: Any) -> Answer:
+        """Answers a question; `options` as in `Question`. Raises `MiaotuiError`."""
+        try:
+            body = Question(question, context, **options).body()
+            return _answer(_read(self._http.post("/v1/qa", json=body)))
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def ask_many(
+        self, questions: Sequence[Question]
+    ) -> Iterator[tuple[int, Answer | MiaotuiError]]:
+        """Yields (index, outcome) as each is done. Raises `MiaotuiError` where none can be."""
+        body = {"requests": [question.body() for question in questions]}
+        try:
+            with self._http.stream("POST", "/v1/qa/batch", json=body) as response:
+                if response.status_code != 200:
+                    response.read()
+                    _read(response)
+                for line in response.iter_lines():
+                    yield _line(line)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def models(self) -> list[dict[str, Any]]:
+        """The models served. Raises `MiaotuiError`."""
+        try:
+            models: list[dict[str, Any]] = _read(self._http.get("/v1/models"))["models"]
+            return models
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class AsyncClient(_Requests):
+    """The same for asyncio. Use as an async context manager, or call `close`."""
+
+    def __init__(self, url: str = DEFAULT_URL, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
+        """`timeout`: seconds that an answer may take (for `ask_many`, each of them)."""
+        super().__init__(url, timeout)
+        self._http = httpx.AsyncClient(**self._options())
+
+    async def ask(self, question: str, context: str, **options: Any) -> Answer:
+        """Answers a question; `options` as in `Question`. Raises `MiaotuiError`."""
+        try:
+            body = Question(question, context, **options).body()
+            return _answer(_read(await self._http.post("/v1/qa", json=body)))
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    async def ask_many(
+        self, questions: Sequence[Question]
+    ) -> AsyncIterator[tuple[int, Answer | MiaotuiError]]:
+        """Yields (index, outcome) as each is done. Raises `MiaotuiError` where none can be."""
+        body = {"requests": [question.body() for question in questions]}
+        try:
+            async with self._http.stream("POST", "/v1/qa/batch", json=body) as response:
+                if response.status_code != 200:
+                    await response.aread()
+                    _read(response)
+                async for line in response.aiter_lines():
+                    yield _line(line)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The models served. Raises `MiaotuiError`."""
+        try:
+            models: list[dict[str, Any]] = _read(await self._http.get("/v1/models"))["models"]
+            return models
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
