@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import regex
+import regex  # type: ignore[import-untyped]
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -271,8 +271,8 @@ def test_checks_a_passage_that_comes_back(tokenizer_pair: Pairs) -> None:
         ours.check_passage(good, AS_SENT)
 
     def tokens(ids: list[int], starts: list[int], ends: list[int]) -> TokenizedText:
-        arrays = [np.array(values, np.int32) for values in (ids, starts, ends)]
-        return TokenizedText(*arrays, 10, good.fingerprint)
+        one, two, three = (np.array(values, np.int32) for values in (ids, starts, ends))
+        return TokenizedText(one, two, three, 10, good.fingerprint)
 
     for bad in (
         tokens([5, 6], [0], [1]),

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from sys import executable
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
@@ -18,6 +19,9 @@ from miaotui.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from services.rpc.channel import open_channel
 from tests.checkpoints import make_checkpoint
 from tests.processes import START_SECONDS, ServiceProcess, free_port
+
+if TYPE_CHECKING:  # the generated module itself has no such class
+    from miaotui.v1.tokenizer_pb2_grpc import TokenizerServiceAsyncStub
 
 _SETTINGS = {"MIAOTUI_TOKENIZER_MAX_SPANS": "100", "MIAOTUI_TOKENIZER_DRAIN_SECONDS": "30"}
 
@@ -80,6 +84,6 @@ async def channel(service: Service) -> AsyncIterator[aio.Channel]:
 
 
 @pytest.fixture
-def stub(channel: aio.Channel) -> TokenizerServiceStub:
+def stub(channel: aio.Channel) -> TokenizerServiceAsyncStub:
     """Its methods."""
     return TokenizerServiceStub(channel)

@@ -6,7 +6,7 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import httpx
@@ -21,12 +21,15 @@ from miaotui.text.cleaning import TextOptions
 from miaotui.text.normalization import Normalization
 from miaotui.text.tokenizer import TextTokenizer, load_tokenizer
 from miaotui.v1 import tokenizer_pb2 as pb
-from miaotui.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from tests.checkpoints import EXAMPLES
 from tests.processes import clean_environment
 from tests.tokenizer.conftest import Service
 
+if TYPE_CHECKING:  # the generated module itself has no such class
+    from miaotui.v1.tokenizer_pb2_grpc import TokenizerServiceAsyncStub as Stub
+
 SECRET = "xyzzysecret"
+UNKNOWN_FORM: Any = {"normalization": 9}
 LONG = "ab 北 " * 80_000
 
 
@@ -71,11 +74,11 @@ async def refusal(call: Any) -> tuple[grpc.StatusCode, str]:
 
 
 async def test_health_and_reflection(channel: aio.Channel) -> None:
-    health = health_pb2_grpc.HealthStub(channel)
+    health: Any = health_pb2_grpc.HealthStub(channel)
     for name in ("", "miaotui.v1.TokenizerService"):
         reply = await health.Check(health_pb2.HealthCheckRequest(service=name))
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
-    reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+    reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[arg-type]
     stream = reflection.ServerReflectionInfo(
         iter([reflection_pb2.ServerReflectionRequest(list_services="")])
     )
@@ -83,7 +86,7 @@ async def test_health_and_reflection(channel: aio.Channel) -> None:
     assert "miaotui.v1.TokenizerService" in names
 
 
-async def test_describe(stub: TokenizerServiceStub, model: Path, tokenizer: TextTokenizer) -> None:
+async def test_describe(stub: Stub, model: Path, tokenizer: TextTokenizer) -> None:
     description = await stub.Describe(pb.TokenizerServiceDescribeRequest())
     assert description == pb.TokenizerServiceDescribeResponse(
         model_fingerprint=model_fingerprint(model),
@@ -94,9 +97,7 @@ async def test_describe(stub: TokenizerServiceStub, model: Path, tokenizer: Text
     )
 
 
-async def test_many_at_once_of_mixed_lengths(
-    stub: TokenizerServiceStub, tokenizer: TextTokenizer
-) -> None:
+async def test_many_at_once_of_mixed_lengths(stub: Stub, tokenizer: TextTokenizer) -> None:
     """Short texts inline, long ones on threads: each gets its own answer."""
     pairs = [(q, p * repeat) for repeat in (1, 3, 40) for q, p in EXAMPLES]
     replies = await asyncio.gather(
@@ -106,7 +107,7 @@ async def test_many_at_once_of_mixed_lengths(
         assert reply == expected(tokenizer, question, passage, TextOptions())
 
 
-async def test_options_and_lengths(stub: TokenizerServiceStub, tokenizer: TextTokenizer) -> None:
+async def test_options_and_lengths(stub: Stub, tokenizer: TextTokenizer) -> None:
     text = "<p>Cafe\u0301 &amp; ﬁne</p>\0" * 30
     forms = {
         pb.NORMALIZATION_UNSPECIFIED: Normalization.NFC,
@@ -129,7 +130,7 @@ async def test_options_and_lengths(stub: TokenizerServiceStub, tokenizer: TextTo
             assert reply == expected(tokenizer, "What?", text, options, max_length=50, stride=0)
 
 
-async def test_a_tokenised_passage_can_be_sent_again(stub: TokenizerServiceStub) -> None:
+async def test_a_tokenised_passage_can_be_sent_again(stub: Stub) -> None:
     question, text = EXAMPLES[3]
     first = await stub.Encode(pb.EncodeRequest(question=question, text=text * 20))
     again = await stub.Encode(pb.EncodeRequest(question=question, tokenized=first.passage))
@@ -148,7 +149,7 @@ async def test_a_tokenised_passage_can_be_sent_again(stub: TokenizerServiceStub)
     assert message.startswith("tokenized: ")
 
 
-async def test_spans_come_back_as_sent(stub: TokenizerServiceStub) -> None:
+async def test_spans_come_back_as_sent(stub: Stub) -> None:
     text = "The <b>Eif\u00adfel</b> Tower, Cafe\u0301 😀 北京。"
     options = pb.TextOptions(strip_markup=True)
     passage = (
@@ -174,7 +175,7 @@ async def test_spans_come_back_as_sent(stub: TokenizerServiceStub) -> None:
     assert not any(span.text for span in reply.spans)
 
 
-async def test_ids_to_text(stub: TokenizerServiceStub, tokenizer: TextTokenizer) -> None:
+async def test_ids_to_text(stub: Stub, tokenizer: TextTokenizer) -> None:
     reply = await stub.Encode(pb.EncodeRequest(question="the", text="tower"))
     ids = np.frombuffer(reply.windows[0].input_ids, "<i4").tolist()
     assert (await stub.Decode(pb.DecodeRequest(ids=ids))).text == "[CLS] the [SEP] tower [SEP]"
@@ -197,7 +198,7 @@ async def test_ids_to_text(stub: TokenizerServiceStub, tokenizer: TextTokenizer)
             "stride: 16 tokens",
         ),
         (
-            pb.EncodeRequest(question="x", text="x", options={"normalization": 9}),
+            pb.EncodeRequest(question="x", text="x", options=UNKNOWN_FORM),
             "INVALID_ARGUMENT",
             "options.normalization",
         ),
@@ -207,26 +208,26 @@ async def test_ids_to_text(stub: TokenizerServiceStub, tokenizer: TextTokenizer)
             "text: 1000001 characters",
         ),
         (
-            pb.EncodeRequest(question="x", tokenized={"input_ids": b"abc"}),
+            pb.EncodeRequest(question="x", tokenized=pb.TokenizedText(input_ids=b"abc")),
             "INVALID_ARGUMENT",
             "tokenized.input_ids: 3 bytes",
         ),
         (
-            pb.EncodeRequest(question="x", tokenized={"fingerprint": "other"}),
+            pb.EncodeRequest(question="x", tokenized=pb.TokenizedText(fingerprint="other")),
             "FAILED_PRECONDITION",
             "tokenized: made by another",
         ),
     ],
 )  # fmt: skip
 async def test_bad_requests(
-    stub: TokenizerServiceStub, request_: pb.EncodeRequest, status: str, message: str
+    stub: Stub, request_: pb.EncodeRequest, status: str, message: str
 ) -> None:
     code, details = await refusal(stub.Encode(request_))
     assert code.name == status
     assert details.startswith(message)
 
 
-async def test_bad_spans_and_ids(stub: TokenizerServiceStub, tokenizer: TextTokenizer) -> None:
+async def test_bad_spans_and_ids(stub: Stub, tokenizer: TextTokenizer) -> None:
     passage = (await stub.Encode(pb.EncodeRequest(question="x", text="a b c"))).passage
 
     def ask(first: int, last: int, text: str = "", count: int = 1) -> Any:
@@ -247,7 +248,7 @@ async def test_bad_spans_and_ids(stub: TokenizerServiceStub, tokenizer: TextToke
     assert details.startswith("ids[1]: ")
 
 
-async def test_short_requests_overtake_long_ones(stub: TokenizerServiceStub) -> None:
+async def test_short_requests_overtake_long_ones(stub: Stub) -> None:
     """The event loop answers while a million characters are tokenised."""
     long = asyncio.ensure_future(stub.Encode(pb.EncodeRequest(question="x", text=LONG)))
     short = 0
@@ -259,18 +260,18 @@ async def test_short_requests_overtake_long_ones(stub: TokenizerServiceStub) -> 
 
 
 async def test_what_callers_send_is_not_logged(
-    stub: TokenizerServiceStub, channel: aio.Channel, service: Service
+    stub: Stub, channel: aio.Channel, service: Service
 ) -> None:
     for request in (
         pb.EncodeRequest(question=SECRET, text=SECRET),
         pb.EncodeRequest(question=SECRET * 500, text="x"),
         pb.EncodeRequest(question=SECRET, text="x" + SECRET * 100_000),
-        pb.EncodeRequest(question="x", tokenized={"fingerprint": SECRET}),
+        pb.EncodeRequest(question="x", tokenized=pb.TokenizedText(fingerprint=SECRET)),
     ):
         (outcome,) = await asyncio.gather(stub.Encode(request), return_exceptions=True)
         if isinstance(outcome, aio.AioRpcError):
             assert SECRET not in (outcome.details() or "")
-    raw = channel.unary_unary("/miaotui.v1.TokenizerService/Encode")
+    raw: Any = channel.unary_unary("/miaotui.v1.TokenizerService/Encode")
     # Field 2, "question", in bytes that are not UTF-8.
     question = SECRET.encode() + b"\xff\xfe"
     code, details = await refusal(raw(b"\x12" + bytes([len(question)]) + question))
@@ -281,7 +282,7 @@ async def test_what_callers_send_is_not_logged(
     assert SECRET not in service.process.log
 
 
-async def test_metrics(stub: TokenizerServiceStub, service: Service) -> None:
+async def test_metrics(stub: Stub, service: Service) -> None:
     await stub.Encode(pb.EncodeRequest(question="who?", text="the tower " * 1000))
     async with httpx.AsyncClient(trust_env=False) as client:
         text = (await client.get(f"http://127.0.0.1:{service.metrics_port}/metrics")).text
@@ -309,7 +310,7 @@ def test_refuses_to_start_and_says_why(tmp_path: Path) -> None:
     assert "Traceback" not in missing.stderr
 
 
-async def test_sigterm_finishes_what_runs(stub: TokenizerServiceStub, service: Service) -> None:
+async def test_sigterm_finishes_what_runs(stub: Stub, service: Service) -> None:
     """Last, as it stops the service of the tests above."""
     long = asyncio.ensure_future(stub.Encode(pb.EncodeRequest(question="x", text=LONG)))
     await asyncio.sleep(0.1)
