@@ -57,7 +57,7 @@ class ShardSettings(BaseSettings):
         description="Tensors above this size travel in parts",
     )
     reconnect_grace: float = Field(
-        15.0, ge=0, description="Seconds that requests wait for a broken pipeline to come back"
+        30.0, ge=0, description="Seconds that requests wait for a broken pipeline to come back"
     )
     drain_seconds: float = Field(
         10.0, ge=0, description="Seconds that a stopping stage 0 gives its open requests"
