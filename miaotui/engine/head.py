@@ -199,7 +199,8 @@ class Head:
                     replay.append(job)
         self._running.clear()
         self.scheduler.put_back(replay)
-        log.warning("pipeline down (%s); %d sequences will run again", reason, len(replay))
+        if replay:
+            log.warning("%d sequences will run again: %s", len(replay), reason)
 
     async def drain(self, seconds: float) -> None:
         """Waits until nothing is open, for at most `seconds`."""

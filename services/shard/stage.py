@@ -85,6 +85,7 @@ class Stage:
         self._inbox_batches = inbox_batches
         self._status_changed = status_changed
         self._was_serving: bool | None = None
+        self._has_served = False
         self._upstream_refused = ""
         self._downstream_refused = ""
         self._incoming: asyncio.Task[None] | None = None
@@ -160,7 +161,11 @@ class Stage:
             if serving:
                 log.info("stage %d serves", self.info.index)
             else:
-                log.warning("stage %d does not serve: %s", self.info.index, reason)
+                # Before the first time and after the last one this is how it should be.
+                expected = self.draining or not self._has_served
+                level = logging.INFO if expected else logging.WARNING
+                log.log(level, "stage %d does not serve: %s", self.info.index, reason)
+            self._has_served = self._has_served or serving
 
     def _spawn(self, work: Awaitable[None]) -> None:
         async def guarded() -> None:
