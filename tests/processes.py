@@ -187,8 +187,12 @@ class Cluster:
         stage_env: Mapping[int, Mapping[str, str]] | None = None,
         tokenizer_env: Mapping[str, str] | None = None,
         gateway_env: Mapping[str, str] | None = None,
+        only_shards: bool = False,
     ) -> None:
-        """`stage_env`: what only one stage gets. `otlp`: host:port of a trace collector."""
+        """`stage_env`: what only one stage gets. `otlp`: host:port of a trace collector.
+
+        With `only_shards`, the shards alone are started, and nothing is waited for.
+        """
         self.model = model
         self.stage_targets = [f"127.0.0.1:{free_port()}" for _ in range(stages)]
         self.tokenizer_target = f"127.0.0.1:{free_port()}"
@@ -237,6 +241,9 @@ class Cluster:
             },
         )
         self.processes = [self.tokenizer, *self.shards, self.gateway]
+        self._only_shards = only_shards
+        if only_shards:
+            self.processes = list(self.shards)
 
     def _service(self, name: str, module: str, env: Mapping[str, str]) -> ServiceProcess:
         argv = [sys.executable, "-m", module]
@@ -245,7 +252,8 @@ class Cluster:
     async def __aenter__(self) -> Self:
         self.start()
         try:
-            await self.ready()
+            if not self._only_shards:
+                await self.ready()
         except BaseException:
             self.stop()
             raise
@@ -304,14 +312,26 @@ class Cluster:
         raise AssertionError(f"not ready within {timeout:.0f} s: {state}\n{self.logs()}")
 
     async def describe(self, stage: int) -> shard_pb2.ShardServiceDescribeResponse:
-        """What a stage says of itself."""
+        """What a stage says of itself, as soon as it listens."""
+        await self._listening(self.shards[stage], self.stage_targets[stage])
         async with open_channel(self.stage_targets[stage]) as channel:
             stub = shard_pb2_grpc.ShardServiceStub(channel)
             request = shard_pb2.ShardServiceDescribeRequest()
             response: shard_pb2.ShardServiceDescribeResponse = await stub.Describe(
-                request, timeout=10, wait_for_ready=True
+                request, timeout=10
             )
             return response
+
+    async def _listening(self, process: ServiceProcess, target: str) -> None:
+        host, _, port = target.rpartition(":")
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex((host, int(port))) == 0:
+                    return
+            assert process.alive, process.tail()
+            assert time.monotonic() < deadline, f"does not listen on {target}\n{process.tail()}"
+            await asyncio.sleep(0.05)
 
     async def health(self, target: str) -> int:
         """The health that a service reports (`HealthCheckResponse.ServingStatus`)."""
@@ -325,7 +345,7 @@ class Cluster:
                 request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
                 response_deserializer=health_pb2.HealthCheckResponse.FromString,
             )
-            response = await check(health_pb2.HealthCheckRequest(), timeout=10, wait_for_ready=True)
+            response = await check(health_pb2.HealthCheckRequest(), timeout=10)
             return response.status
 
     async def idle(self, timeout: float = 20.0) -> None:

@@ -282,6 +282,23 @@ def models(url: _Url = DEFAULT_URL, as_json: _Json = False) -> None:
     show_models(Console(), found["models"])
 
 
+@app.command()
+def status(url: _Url = DEFAULT_URL, as_json: _Json = False) -> None:
+    """Show the stages of a running Miaotui and what they hold and do."""
+    from miaotui.cli.asking import AskError
+    from miaotui.cli.status import fetch, show_pipeline
+
+    try:
+        found = fetch(url, "/v1/pipeline")
+    except AskError as error:
+        _fail(error)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, indent=2))
+    else:
+        show_pipeline(Console(), found)
+    raise typer.Exit(0 if found["ready"] else 1)
+
+
 _SERVE_SETTINGS = {
     "allow_extra_args": True,
     "ignore_unknown_options": True,

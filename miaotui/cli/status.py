@@ -43,3 +43,40 @@ def show_models(console: Console, models: list[dict[str, Any]]) -> None:
             "[green]ready[/]" if model["ready"] else "[yellow]not ready[/]",
         )
     console.print(table, highlight=False)
+
+
+def show_pipeline(console: Console, pipeline: dict[str, Any]) -> None:
+    """A table of the stages, and what they are doing."""
+    if pipeline["ready"]:
+        console.print("[bold green]ready[/]")
+    else:
+        console.print("[bold yellow]not ready[/]", end=": ")
+        console.print(pipeline["reason"], markup=False, highlight=False)
+    if pipeline["stages"]:
+        console.print(_stages(pipeline), highlight=False)
+    console.print(
+        f"{pipeline['queued_sequences']} windows wait, {pipeline['running_sequences']} are in the "
+        f"pipeline; {pipeline['sequences_total']:,} ({pipeline['tokens_total']:,} tokens) done",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _stages(pipeline: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("stage", justify="right")
+    table.add_column("layers")
+    table.add_column("memory", justify="right")
+    for heading in ("share", "computes in", "sends", "on"):
+        table.add_column(heading)
+    for stage in pipeline["stages"]:
+        table.add_row(
+            str(stage["index"]),
+            f"{stage['first_layer']}–{stage['end_layer'] - 1}",
+            f"{stage['parameter_bytes'] / 1e6:,.1f} MB",
+            f"{stage['parameter_bytes'] / max(pipeline['model_parameter_bytes'], 1):.0%}",
+            stage["compute_dtype"],
+            stage["wire_dtype"],
+            stage["device"],
+        )
+    return table

@@ -62,6 +62,8 @@ class Reference:
 
     def __init__(self, directory: Path, *, max_length: int, stride: int) -> None:
         """`max_length` and `stride` in tokens, as the tokenizer service has them."""
+        # On cores that the services compute on, OpenMP's threads would mostly wait for each other.
+        torch.set_num_threads(1)
         self._tokenizer = AutoTokenizer.from_pretrained(directory)
         model = AutoModelForQuestionAnswering.from_pretrained(directory, dtype=torch.float32)
         self._model = model.eval()

@@ -55,10 +55,9 @@ async def test_mismatched_stages_refuse(name: str, checkpoint: Checkpoints) -> N
     case = CASES[name]
     model, other = checkpoint("bert", layers=4), checkpoint("bert", layers=4, seed=1)
     environment = {k: v.replace("OTHER", str(other)) for k, v in case.environment.items()}
-    cluster = Cluster(model, stages=2, layers="0-2,2-4", stage_env={1: environment})
-    try:
-        for shard in cluster.shards:
-            shard.start()
+    async with Cluster(
+        model, stages=2, layers="0-2,2-4", stage_env={1: environment}, only_shards=True
+    ) as cluster:
         told = await _refusal(cluster, case.reason)
         for index, target in enumerate(cluster.stage_targets):
             assert await cluster.health(target) == NOT_SERVING
@@ -66,23 +65,17 @@ async def test_mismatched_stages_refuse(name: str, checkpoint: Checkpoints) -> N
             assert told[index].reason, "a stage that does not serve says why"
         assert case.reason in "".join(shard.log for shard in cluster.shards)
         assert all(shard.alive for shard in cluster.shards), "refusing is not dying"
-    finally:
-        cluster.stop()
 
 
 async def test_stages_in_another_order_refuse(checkpoint: Checkpoints) -> None:
     """Stage 0 was given stages 1 and 2 the other way round."""
-    cluster = Cluster(checkpoint("bert"), stages=3)
-    first, second, third = cluster.stage_targets
-    cluster.shards[0].env["MIAOTUI_SHARD_STAGES"] = ",".join((first, third, second))
-    try:
-        for shard in cluster.shards:
-            shard.start()
+    made = Cluster(checkpoint("bert"), stages=3, only_shards=True)
+    first, second, third = made.stage_targets
+    made.shards[0].env["MIAOTUI_SHARD_STAGES"] = ",".join((first, third, second))
+    async with made as cluster:
         await _refusal(cluster, "check the order of the list of stages")
         for target in cluster.stage_targets:
             assert await cluster.health(target) == NOT_SERVING
-    finally:
-        cluster.stop()
 
 
 @pytest.mark.parametrize(
@@ -100,15 +93,12 @@ async def test_wrong_configuration_ends_with_code_2(
 ) -> None:
     import re
 
-    cluster = Cluster(checkpoint("bert", layers=4), stages=2, shard_env=environment)
-    shard = cluster.shards[0]
-    try:
-        shard.start()
+    model = checkpoint("bert", layers=4)
+    async with Cluster(model, stages=2, shard_env=environment, only_shards=True) as cluster:
+        shard = cluster.shards[0]
         assert await asyncio.to_thread(shard.wait, 60) == 2, shard.tail()
         assert re.search(reason, shard.log)
         assert "Traceback" not in shard.log
-    finally:
-        cluster.stop()
 
 
 async def test_killed_stages_come_back_without_a_failed_request(checkpoint: Checkpoints) -> None:

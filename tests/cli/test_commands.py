@@ -1,0 +1,174 @@
+"""The commands that need no services: help, plan, and errors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from miaotui.cli.render import highlight
+from miaotui.cli.serve import SERVICES, variable
+from tests.checkpoints import make_checkpoint
+from tests.processes import clean_environment, free_port
+
+
+def run(
+    *arguments: str, stdin: bytes = b"", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`miaotui` with these arguments."""
+    done = subprocess.run(
+        [sys.executable, "-m", "miaotui.cli", *arguments],
+        input=stdin,
+        capture_output=True,
+        timeout=120,
+        env={**clean_environment(), "COLUMNS": "100", **environment},
+    )
+    out, err = done.stdout.decode(), done.stderr.decode()
+    return subprocess.CompletedProcess(done.args, done.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("cli") / "tiny", "bert", layers=5)
+
+
+@pytest.mark.parametrize("command", ["", "up", "ask", "plan", "models", "status", "serve"])
+def test_help_has_examples_and_fits(command: str) -> None:
+    done = run(*command.split(), "--help", COLUMNS="80")
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "miaotui" in done.stdout
+    if command in ("up", "ask", "plan", "serve"):
+        assert "Example" in done.stdout
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['miaotui', 'ask', '--help']\n"
+        "from miaotui.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'grpc', 'fastapi', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)\n"
+    )
+    began = time.process_time()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.process_time() - began < 5
+
+
+def test_plan_as_json_adds_up(model: Path) -> None:
+    done = run("plan", str(model), "--stages", "3", "--dtype", "float32", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    stages = plan["stages"]
+    assert [stage["stage"] for stage in stages] == [0, 1, 2]
+    edges = [(stage["first_layer"], stage["end_layer"]) for stage in stages]
+    assert edges[0][0] == 0
+    assert edges[-1][1] == 5
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(edges))
+    assert sum(stage["cost_share"] for stage in stages) == pytest.approx(1)
+    weights = (model / "model.safetensors").stat().st_size
+    assert sum(stage["bytes"] for stage in stages) == pytest.approx(weights, rel=0.05)
+    assert all(stage["bytes"] == 4 * stage["parameters"] for stage in stages)
+
+
+def test_plan_as_a_table(model: Path) -> None:
+    done = run("plan", str(model), "--layers", "0-4,4-5")
+    assert done.returncode == 0, done.stderr
+    assert "--layers 0-4,4-5" in done.stdout
+    assert "embeddings" in done.stdout
+    assert "answer head" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stages", "6"], "6 stages asked for; a model of 5 layers splits into 1 to 5"),
+        (["--layers", "0-2,3-5"], "leaves a gap"),
+        (["--dtype", "float8"], "float8"),
+    ],
+)
+def test_plan_says_what_cannot_be(arguments: list[str], message: str, model: Path) -> None:
+    done = run("plan", str(model), *arguments)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["up", "plan"])
+def test_a_directory_that_is_no_model(command: str, tmp_path: Path) -> None:
+    option = ["--model"] if command == "up" else []
+    done = run(command, *option, str(tmp_path))
+    assert done.returncode == 2
+    assert "has no config.json" in " ".join(done.stderr.split())
+
+
+def test_ask_without_a_gateway_says_what_to_do() -> None:
+    port = free_port()
+    for flag, where in (("--url", f"http://127.0.0.1:{port}"), ("--grpc", f"127.0.0.1:{port}")):
+        done = run("ask", "Who?", "--context", "Nobody.", flag, where)
+        assert done.returncode == 1
+        assert f"cannot reach a gateway at {where}" in " ".join(done.stderr.split())
+        assert "miaotui up" in done.stderr
+
+
+def test_ask_wants_one_passage_in_utf8(tmp_path: Path) -> None:
+    file = tmp_path / "gb.txt"
+    file.write_bytes("北京".encode("gb18030"))
+    both = run("ask", "Who?", "--context", "Nobody.", "--file", str(file))
+    assert (both.returncode, "give the passage once" in both.stderr) == (2, True)
+    encoded = run("ask", "Who?", "--file", str(file))
+    assert (encoded.returncode, "is not UTF-8 text" in " ".join(encoded.stderr.split())) == (
+        2,
+        True,
+    )
+    missing = run("ask", "Who?", "--file", str(tmp_path / "none"))
+    assert (missing.returncode, "No such file" in missing.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_serve_has_a_flag_for_every_setting(service: str) -> None:
+    import importlib
+
+    _, module, name, _ = SERVICES[service]
+    settings = getattr(importlib.import_module(module), name)
+    done = run("serve", service, "--help", COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    for field in settings.model_fields:
+        assert f"--{field.replace('_', '-')}" in done.stdout
+        assert variable(settings, field) in done.stdout
+
+
+def test_serve_passes_flags_on_and_keeps_the_exit_code() -> None:
+    done = run("serve", "shard", "--model", "/nowhere", "--stage", "-1")
+    assert done.returncode == 2
+    assert "MIAOTUI_SHARD_STAGE" in done.stderr
+    unknown = run("serve", "shard", "--modle", "/nowhere")
+    assert unknown.returncode == 2
+    assert "--modle" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("context", "answer", "shown"),
+    [
+        ("It rains. It was 1925, they say. So?", "1925", "It was 1925, they say."),
+        ("今天下雨。成立于1925年，很大！好。", "1925年", "成立于1925年，很大！"),
+        ("no stop at all 1925", "1925", "no stop at all 1925"),
+        ("a b " * 100 + "1925" + " c d" * 100, "1925", None),
+    ],
+)
+def test_the_answer_is_shown_in_its_sentence(context: str, answer: str, shown: str | None) -> None:
+    start = context.index(answer)
+    text = highlight(context, start, start + len(answer))
+    marked = [text.plain[span.start : span.end] for span in text.spans]
+    assert marked == [answer]
+    if shown is None:
+        assert len(text.plain) < 340
+    else:
+        assert text.plain == shown
