@@ -16,6 +16,7 @@ from grpc import aio
 from opentelemetry import trace
 from opentelemetry.trace import Link
 
+from gateway.cache.lease import Lease
 from gateway.cache.singleflight import SingleFlight
 from gateway.cache.stores import AnswerCache, PromptCache, StoredAnswer
 from gateway.errors import GatewayError, from_rpc
@@ -44,8 +45,8 @@ _NORMALIZATION = {
     "nfkc": tokenizer_pb.NORMALIZATION_NFKC,
 }
 
-# An answer and whether it came from the cache.
-_Landing: TypeAlias = tuple[StoredAnswer, bool]
+# An answer and where it came from.
+_Landing: TypeAlias = tuple[StoredAnswer, CacheStatus]
 
 
 class Clock:
@@ -183,26 +184,40 @@ class Pipeline:
             link = [Link(flight.context)] if flight.context.is_valid else None
             with _tracer.start_as_current_span("wait for an equal request", links=link):
                 try:
-                    stored, hit = await clock.timed("wait", self._flights.wait(key, flight))
+                    stored, status = await clock.timed("wait", self._flights.wait(key, flight))
                 except GatewayError as error:
                     # The other's time ran out, and perhaps not ours: then the work is ours.
                     if error.kind.slug != "timeout" or job.time_left() <= 0:
                         raise
                     continue
-            return stored, CacheStatus.HIT if hit else CacheStatus.SHARED
+            return stored, CacheStatus.HIT if status is CacheStatus.HIT else CacheStatus.SHARED
         flight = self._flights.start(key, lambda: self._cached(key, job, clock))
-        stored, hit = await self._flights.wait(key, flight)
-        return stored, CacheStatus.HIT if hit else CacheStatus.MISS
+        return await self._flights.wait(key, flight)
 
     async def _cached(self, key: bytes, job: _Job, clock: Clock) -> _Landing:
-        stored = await clock.timed("cache", self._answers.get(key, job.request))
+        def look() -> Awaitable[StoredAnswer | None]:
+            return self._answers.get(key, job.request)
+
+        stored = await clock.timed("cache", look())
         if stored is not None:
-            return stored, True
+            return stored, CacheStatus.HIT
+        if not self._settings.shares_cache:
+            return await self._compute_and_keep(key, job, clock), CacheStatus.MISS
+        lease = Lease(self._answers.store.backend, key)
+        try:
+            stored = await clock.timed("cache", lease.take_or_wait(look))
+            if stored is not None:
+                return stored, CacheStatus.SHARED
+            return await self._compute_and_keep(key, job, clock), CacheStatus.MISS
+        finally:
+            self._later(lease.give_back())
+
+    async def _compute_and_keep(self, key: bytes, job: _Job, clock: Clock) -> StoredAnswer:
         stored = await self._compute(job, clock)
         # A model that was replaced meanwhile must not leave answers under the old name.
         if self._upstream.served == job.served:
             await clock.timed("cache", self._answers.put(key, stored))
-        return stored, False
+        return stored
 
     async def _compute(self, job: _Job, clock: Clock) -> StoredAnswer:
         windows, passage = await self._encode(job, clock)

@@ -81,6 +81,11 @@ class GatewaySettings(BaseSettings):
         split_listen(listen)
         return listen
 
+    @property
+    def shares_cache(self) -> bool:
+        """Whether other gateways may use the same cache: a random secret is nobody else's."""
+        return self.redis_url is not None and "cache_secret" in self.model_fields_set
+
     @model_validator(mode="after")
     def _check(self) -> GatewaySettings:
         if self.request_timeout > self.max_request_timeout:

@@ -23,6 +23,12 @@ class CacheBackend(Protocol):
     async def put(self, key: bytes, value: bytes) -> None:
         """Keeps `value`; where that fails, it is as if it had expired at once."""
 
+    async def acquire(self, key: bytes, token: bytes, milliseconds: int) -> bool | None:
+        """Takes a lease on `key` if no other gateway holds one; `None`: there is no telling."""
+
+    async def release(self, key: bytes, token: bytes) -> None:
+        """Gives back the lease that was taken with `token`."""
+
     async def close(self) -> None:
         """Frees what the backend holds."""
 
@@ -51,6 +57,13 @@ class EmbeddedBackend:
         """Keeps `value` unless it alone is larger than the whole cache."""
         if len(value) + ENTRY_OVERHEAD_BYTES <= self._entries.maxsize:
             self._entries[key] = value
+
+    async def acquire(self, key: bytes, token: bytes, milliseconds: int) -> bool | None:
+        """No other gateway sees this cache."""
+        return None
+
+    async def release(self, key: bytes, token: bytes) -> None:
+        """There are no leases."""
 
     async def close(self) -> None:
         """Forgets everything."""

@@ -18,7 +18,7 @@ Json = dict[str, Any]
 _REF = "#/components/schemas/{model}"
 _RESPONSE_EXAMPLE: Json = {
     "answerable": True,
-    "answers": [{"text": "1925", "start": 45, "end": 49, "score": 0.97, "logit": 14.2}],
+    "answers": [{"text": "1925", "start": 44, "end": 48, "score": 0.97, "logit": 14.2}],
     "no_answer_score": -11.8,
     "model": "miaotui-qa-small",
     "model_fingerprint": "3f6c0f7d",

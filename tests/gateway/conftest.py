@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ import pytest
 from tests.gateway.fakes import Fakes, running_fakes
 from tests.processes import RedisServer, ServiceProcess, free_port
 
-PYTHON_MODULE = "gateway"
+PLAIN = ("REDIS_URL", "OTEL_", "MIAOTUI_")
 
 
 async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
@@ -70,8 +71,6 @@ class Gateway:
 @asynccontextmanager
 async def run_gateway(fakes: Fakes, directory: Path, **settings: str) -> AsyncIterator[Gateway]:
     """A gateway over the fakes; settings by their environment variable's last part."""
-    import sys
-
     port, grpc_port = free_port(), free_port()
     env = {
         "MIAOTUI_GATEWAY_HTTP_LISTEN": f"127.0.0.1:{port}",
@@ -80,12 +79,12 @@ async def run_gateway(fakes: Fakes, directory: Path, **settings: str) -> AsyncIt
         "MIAOTUI_GATEWAY_SHARD": fakes.address("shard"),
         "MIAOTUI_GATEWAY_POLL_SECONDS": "0.3",
         **{
-            name if name == "REDIS_URL" else f"MIAOTUI_GATEWAY_{name}": value
+            name if name.startswith(PLAIN) else f"MIAOTUI_GATEWAY_{name}": value
             for name, value in settings.items()
         },
     }
     process = ServiceProcess(
-        "gateway", [sys.executable, "-m", PYTHON_MODULE], env, directory / "gateway.log"
+        "gateway", [sys.executable, "-m", "gateway"], env, directory / "gateway.log"
     )
     process.start()
     gateway = Gateway(process, port, grpc_port)

@@ -33,6 +33,7 @@ class Faults:
         self.running = 0
         self.delay = 0.0
         self.codes: list[grpc.StatusCode] = []
+        self.codes_after: list[grpc.StatusCode] = []
         self.detail = "the fake was told to fail"
         self.garbage = False
         self.shift = 0
@@ -61,6 +62,8 @@ class Faults:
                 raise
             finally:
                 self.running -= 1
+        if self.codes_after:
+            await context.abort(self.codes_after.pop(0), self.detail)
 
 
 def _ints(values: list[int]) -> bytes:

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 from redis.asyncio import Redis
 
@@ -186,3 +187,46 @@ async def test_a_lease_is_held_by_one(redis_server: RedisServer) -> None:
     redis_server.kill()
     assert await backend.acquire(b"k", b"four", 50) is None
     await backend.close()
+
+
+async def test_equal_requests_at_two_gateways_cost_one_computation(
+    all_fakes: Fakes, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    all_fakes.reset()
+    settings = {"REDIS_URL": redis_server.url, "CACHE_SECRET": "shared", "CACHE_TIMEOUT": "1"}
+    first_at, second_at = tmp_path / "first", tmp_path / "second"
+    first_at.mkdir()
+    second_at.mkdir()
+    async with (
+        run_gateway(all_fakes, first_at, **settings) as first,
+        run_gateway(all_fakes, second_at, **settings) as second,
+    ):
+        all_fakes.shard.faults.delay = 0.5
+        asked = [asyncio.create_task(first.ask("both", "In 1933."))]
+        await until(lambda: all_fakes.shard.faults.running == 1)
+        asked += [asyncio.create_task(second.ask("both", "In 1933.")) for _ in range(3)]
+        bodies = [(await task).json() for task in asked]
+        assert {body["answers"][0]["text"] for body in bodies} == {"1933"}
+        assert [body["cache"] for body in bodies] == ["miss", "shared", "shared", "shared"]
+        assert all_fakes.shard.faults.calls == 1
+
+        # The one that computes fails: the other does it, and at once.
+        all_fakes.reset()
+        all_fakes.shard.faults.delay = 0.3
+        all_fakes.shard.faults.codes_after = [grpc.StatusCode.INTERNAL]
+        failing = asyncio.create_task(first.ask("fails", "In 1934."))
+        await until(lambda: all_fakes.shard.faults.running == 1)
+        answer = await second.ask("fails", "In 1934.")
+        assert (await failing).status_code == 502
+        assert (answer.status_code, answer.json()["cache"]) == (200, "miss")
+
+        # The one that computes dies: the other waits no longer than the lease lasts.
+        all_fakes.reset()
+        all_fakes.shard.faults.delay = 1.0
+        dying = asyncio.create_task(first.ask("dies", "In 1935."))
+        await until(lambda: all_fakes.shard.faults.running == 1)
+        answering = asyncio.create_task(second.ask("dies", "In 1935."))
+        await asyncio.sleep(0.2)
+        first.process.kill()
+        assert isinstance((await asyncio.gather(dying, return_exceptions=True))[0], Exception)
+        assert (await answering).json()["answers"][0]["text"] == "1935"
