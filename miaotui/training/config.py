@@ -40,10 +40,11 @@ class TrainConfig(BaseModel):
     vocabulary: int = Field(default=5900, description="Chinese characters and signs")
     align_epochs: int = 3
 
-    steps: int = 2600
+    steps: int = Field(default=1100, description="the rate comes to zero here")
+    stop: int = Field(default=1100, description="the run ends here, at or before steps")
     warmup: int = 100
-    decay_from: int = Field(default=1700, description="the rate falls to 0 from here")
-    late_from: int = Field(default=1600, description="the late mixture is drawn from here")
+    decay_from: int = Field(default=500, description="the rate falls to 0 from here")
+    late_from: int = Field(default=504, description="the late mixture is drawn from here")
     batch: int = 16
     chunk: int = Field(default=12, description="batches drawn and sorted together")
     early: Mixture = Mixture(wiki=0.21, amazon=0.14, reddit=0.14, qamr=0.22, cmrc=0.15, drcd=0.14)
@@ -51,8 +52,9 @@ class TrainConfig(BaseModel):
 
     crop_low: int = Field(default=40, description="fewest passage tokens in a training window")
     crop_first: int = Field(default=80, description="most passage tokens at step 0")
-    crop_last: int = Field(default=208, description="most passage tokens from crop_steps on")
+    crop_last: int = Field(default=208, description="most of them at crop_steps")
     crop_steps: int = 1600
+    crop_late: int = Field(default=192, description="most of them from late_from on")
     unanswerable: float = Field(default=0.12, description="share of wrong passages")
     mask: float = Field(default=0.12, description="share of Chinese tokens masked")
     mask_weight: float = 0.3
@@ -76,6 +78,8 @@ class TrainConfig(BaseModel):
 
     def crop(self, step: int) -> int:
         """Most passage tokens in a window drawn at ``step``."""
+        if step >= self.late_from:
+            return self.crop_late
         part = min(1.0, step / max(1, self.crop_steps))
         return round(self.crop_first + part * (self.crop_last - self.crop_first))
 

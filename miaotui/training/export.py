@@ -32,7 +32,9 @@ def save_weights(model: BertForQuestionAnswering, folder: Path) -> None:
     tensors = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     if not all(bool(t.isfinite().all()) for t in tensors.values()):
         raise ValueError("a weight is not finite in fp16")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

@@ -145,12 +145,13 @@ class Trainer:
         self.model.train()
 
     def run(self, until: int | None = None) -> None:
-        """Train until ``config.steps`` or, with a checkpoint, only ``until`` a step before.
+        """Train until ``config.stop`` or, with a checkpoint, only ``until`` a step before.
 
         SIGTERM or SIGINT writes a checkpoint and returns after the step in hand.
         """
         config = self.config
-        last = config.steps if until is None else min(until, config.steps)
+        end = min(config.stop, config.steps)
+        last = end if until is None else min(until, end)
         previous = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
         self.model.train()
         window: list[tuple[float, float, int]] = []
@@ -173,7 +174,7 @@ class Trainer:
                     if self.step % config.evaluate_every == 0:
                         self._evaluate()
             self.save()
-            if self.step >= config.steps:
+            if self.step >= end:
                 self._evaluate()
         finally:
             for number_, handler in previous.items():
@@ -234,7 +235,7 @@ class Trainer:
 
     def _report(self, window: list[tuple[float, float, int]]) -> None:
         count = len(window)
-        left = (self.config.steps - self.step) * self.seconds / self.step
+        left = (min(self.config.stop, self.config.steps) - self.step) * self.seconds / self.step
         self._log(
             {
                 "step": self.step,

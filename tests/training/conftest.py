@@ -155,6 +155,7 @@ def config(tmp_path: Path) -> TrainConfig:
         work=tmp_path / "run",
         seed=7,
         steps=12,
+        stop=12,
         warmup=2,
         decay_from=8,
         late_from=6,

@@ -58,7 +58,14 @@ def test_loss_falls_and_answers_come_out(
     special: Special,
 ) -> None:
     config = config.model_copy(
-        update={"steps": 240, "warmup": 10, "decay_from": 160, "average": 0.9, "batch": 12}
+        update={
+            "steps": 240,
+            "stop": 240,
+            "warmup": 10,
+            "decay_from": 160,
+            "average": 0.9,
+            "batch": 12,
+        }
     )
     trainer = tiny_trainer(maker, vocabulary, numbers, config)
     trainer.run()
@@ -88,4 +95,4 @@ def test_rates_warm_up_stay_and_fall(config: TrainConfig) -> None:
     assert config.factor(10) == pytest.approx(0.5)
     assert config.factor(12) == 0.0
     assert config.crop(0) == config.crop_first
-    assert config.crop(100) == config.crop_last
+    assert config.crop(100) == config.crop_late
