@@ -32,7 +32,8 @@ from miaotui.models.errors import CheckpointError
 CACHE_FILE = ".miaotui-fingerprint.json"
 # Part of every fingerprint and cache entry: to be raised when the scheme changes.
 _SCHEME = "miaotui-fingerprint-1"
-_CHUNK_BYTES = 4 * 1024 * 1024
+# Small enough to leave no mark on a stage's memory, large enough to run without the GIL.
+_CHUNK_BYTES = 256 * 1024
 _HASH_THREADS = 4
 
 # Entries of config.json that say how a file was written, not what the model computes.

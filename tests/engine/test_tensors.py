@@ -1,0 +1,162 @@
+"""Tensors survive the wire bit for bit, without copies; nonsense is refused."""
+
+from __future__ import annotations
+
+import math
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from miaotui.engine.tensors import (
+    WIRE_DTYPES,
+    TensorFormatError,
+    checked_nbytes,
+    from_wire,
+    span_logits_to_wire,
+    to_wire,
+    token_ids_from_wire,
+    token_types_from_wire,
+)
+
+
+@given(
+    dtype=st.sampled_from(sorted(WIRE_DTYPES)),
+    shape=st.lists(st.integers(0, 5), max_size=4),
+    offset=st.integers(0, 9),
+)
+def test_round_trip(dtype: str, shape: list[int], offset: int) -> None:
+    tensor = torch.randn(shape).to(WIRE_DTYPES[dtype])
+    wire = to_wire(tensor)
+    assert (wire.dtype, wire.shape, wire.nbytes) == (dtype, tuple(shape), tensor.nbytes)
+    assert wire.data.format == "B"
+    # As from a protobuf message: read-only, at any address.
+    received = memoryview(b"\xff" * offset + bytes(wire.data))[offset:]
+    assert torch.equal(from_wire(received, dtype, shape), tensor)
+
+
+def test_bytes_are_little_endian_ieee() -> None:
+    wire = to_wire(torch.tensor([1.0, -2.5]))
+    assert bytes(wire.data) == struct.pack("<2f", 1.0, -2.5)
+    assert bytes(to_wire(torch.tensor([1.5]), "float16").data) == struct.pack("<e", 1.5)
+    # bfloat16 is float32's upper half.
+    assert bytes(to_wire(torch.tensor([-2.5]), "bfloat16").data) == struct.pack("<f", -2.5)[2:]
+
+
+def test_neither_way_copies() -> None:
+    tensor = torch.randn(4, 6)
+    wire = to_wire(tensor)
+    assert np.frombuffer(wire.data, np.uint8).ctypes.data == tensor.data_ptr()
+    data = bytes(wire.data)
+    assert from_wire(data, "float32", (4, 6)).data_ptr() == np.frombuffer(data, "u1").ctypes.data
+
+
+def test_a_received_tensor_keeps_its_bytes_alive() -> None:
+    tensor = from_wire(bytes(to_wire(torch.arange(1000.0)).data), "float32", (1000,))
+    assert torch.equal(tensor + 0, torch.arange(1000.0))
+
+
+def test_other_layouts_and_dtypes_are_converted() -> None:
+    tensor = torch.randn(3, 5).t()
+    assert torch.equal(from_wire(to_wire(tensor).data, "float32", (5, 3)), tensor)
+    double = torch.randn(3, dtype=torch.float64)
+    assert torch.equal(from_wire(to_wire(double, "float32").data, "float32", (3,)), double.float())
+    with torch.inference_mode():
+        assert to_wire(torch.ones(2)).nbytes == 8
+    assert to_wire(torch.ones(2, requires_grad=True)).nbytes == 8
+
+
+def test_read_only_bytes_give_no_warning() -> None:
+    code = (
+        "from miaotui.engine.tensors import from_wire; import torch; "
+        "print((from_wire(bytes(8), 'float32', (2,)) + 1).sum().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "2.0\n"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("data", "dtype", "shape", "message"),
+    [
+        (b"\0" * 8, "float64", (1,), "not a dtype on the wire"),
+        (b"", "", (0,), "not a dtype on the wire"),
+        (b"\0" * 8, "float32", (3,), "has 12 bytes, got 8"),
+        (b"\0" * 8, "float32", (), "has 4 bytes, got 8"),
+        (b"\0" * 7, "bfloat16", (4,), "has 8 bytes, got 7"),
+        (b"", "float32", (-1,), "not an acceptable shape"),
+        (b"\0" * 4, "float32", (-1, -1), "not an acceptable shape"),
+        (b"", "float32", (1 << 62, 0), "not an acceptable shape"),
+        (b"", "float32", (1 << 20, 1 << 20), "at most"),
+        (b"", "float32", (1,) * 9, "not an acceptable shape"),
+        (b"", "float32", (1 << 33, 1 << 33), "at most"),
+    ],
+)
+def test_refusals(data: bytes, dtype: str, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(TensorFormatError, match=message):
+        from_wire(data, dtype, shape)
+
+
+def test_more_refusals() -> None:
+    with pytest.raises(TensorFormatError, match=r"int64 do not travel"):
+        to_wire(torch.arange(3))
+    with pytest.raises(TensorFormatError, match="not a dtype on the wire"):
+        to_wire(torch.ones(3), "float8")
+    with pytest.raises(TensorFormatError, match="not contiguous"):
+        from_wire(memoryview(bytes(16))[::2], "float32", (2,))
+    assert checked_nbytes("bfloat16", (3, 5)) == 30
+
+
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5), data=st.data())
+def test_token_ids_and_types(lengths: list[int], data: st.DataObject) -> None:
+    id_lists = [
+        data.draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=n, max_size=n))
+        for n in lengths
+    ]
+    ids, found = token_ids_from_wire(struct.pack(f"<{len(i)}i", *i) for i in id_lists)
+    assert ids.dtype is torch.int64
+    assert (ids.tolist(), found) == ([i for part in id_lists for i in part], lengths)
+    types = [data.draw(st.sampled_from([b"", bytes(range(n))])) for n in lengths]
+    expected = [list(t) or [0] * n for t, n in zip(types, lengths, strict=True)]
+    assert token_types_from_wire(types, lengths).tolist() == [i for part in expected for i in part]
+
+
+def test_token_refusals() -> None:
+    for bad, message in (([b""], "0 bytes"), ([b"\0" * 4, b"\0" * 5], "sequence 1 have 5 bytes")):
+        with pytest.raises(TensorFormatError, match=message):
+            token_ids_from_wire(bad)
+    with pytest.raises(TensorFormatError, match="no sequences"):
+        token_ids_from_wire([])
+    with pytest.raises(TensorFormatError, match="sequence 0 have 2 bytes"):
+        token_types_from_wire([b"\0\1"], [3])
+    with pytest.raises(TensorFormatError, match="of 1 sequences, not 2"):
+        token_types_from_wire([b""], [3, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_span_logits_split_by_sequence(dtype: torch.dtype) -> None:
+    lengths = [3, 1, 4]
+    logits = torch.randn(8, 2).to(dtype)
+    parts = span_logits_to_wire(logits, lengths)
+    first = 0
+    for length, (start, end) in zip(lengths, parts, strict=True):
+        rows = logits[first : first + length].float()
+        assert np.array_equal(np.frombuffer(start, "<f4"), rows[:, 0].numpy())
+        assert np.array_equal(np.frombuffer(bytes(end), "<f4"), rows[:, 1].numpy())
+        first += length
+    with pytest.raises(TensorFormatError, match=r"call for \[9, 2\]"):
+        span_logits_to_wire(logits, [9])
+
+
+def test_special_values_survive() -> None:
+    values = torch.tensor([math.inf, -math.inf, -0.0, 1e-45])
+    assert bytes(to_wire(from_wire(to_wire(values).data, "float32", (4,))).data) == bytes(
+        to_wire(values).data
+    )

@@ -1,0 +1,170 @@
+"""A split, packed model computes what transformers' unsplit, unpadded one does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+from miaotui.models.layers import LayerRange
+from miaotui.models.stage import StageBatch, StageModel
+from tests.checkpoints import EXAMPLES, FAMILIES, make_checkpoint, random_sequences
+from tests.models.conftest import LAYERS
+
+# Runs of equal neighbours, single tokens, the longest sequence, repeats far apart.
+LENGTHS = (1, 7, 7, 33, 512, 5, 5, 5, 100, 7, 1)
+SPLITS: dict[int, str] = {1: "0-4", 2: "0-3,3-4", 3: "0-1,1-3,3-4", 4: "0-1,1-2,2-3,3-4"}
+
+
+def reference(
+    directory: Path,
+    sequences: Sequence[torch.Tensor],
+    types: Sequence[torch.Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Span logits [tokens, 2] of transformers' model, one unpadded sequence at a time."""
+    model = AutoModelForQuestionAnswering.from_pretrained(directory, dtype=dtype).eval()
+    rows = []
+    for index, ids in enumerate(sequences):
+        extra = {} if types is None else {"token_type_ids": types[index][None]}
+        with torch.no_grad():
+            output = model(
+                input_ids=ids[None], attention_mask=torch.ones(1, len(ids), dtype=int), **extra
+            )
+        rows.append(torch.stack([output.start_logits[0], output.end_logits[0]], dim=-1))
+    return torch.cat(rows).float()
+
+
+def split_run(
+    directory: Path,
+    split: str,
+    sequences: Sequence[torch.Tensor],
+    types: Sequence[torch.Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Span logits of the stages one after another, on all sequences packed into one batch."""
+    lengths = [len(ids) for ids in sequences]
+    tensor = None
+    for part in split.split(","):
+        stage = StageModel.load(directory, LayerRange.parse(part), dtype=dtype, device="cpu")
+        if tensor is None:
+            joined = None if types is None else torch.cat(list(types))
+            batch = StageBatch(lengths, torch.cat(list(sequences)), joined)
+        else:
+            batch = StageBatch(lengths, hidden=tensor)
+        tensor = stage.run(batch)
+    assert tensor is not None
+    return tensor
+
+
+def token_types(family: str, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    if family not in ("bert", "electra"):
+        return None
+    return [(torch.arange(len(ids)) >= len(ids) // 3).long() for ids in sequences]
+
+
+@pytest.mark.parametrize("stages", SPLITS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_split_and_packed_equals_unsplit(
+    checkpoints: dict[str, Path], family: str, stages: int
+) -> None:
+    directory = checkpoints[family]
+    config = StageModel.load(directory, device="cpu").shape
+    sequences = random_sequences(config, LENGTHS)  # over the whole vocabulary: padding ids too
+    types = token_types(family, sequences)
+    expected = reference(directory, sequences, types)
+    result = split_run(directory, SPLITS[stages], sequences, types)
+    assert result.dtype is torch.float32
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+    # Not vacuous: tokens' logits differ by far more than that.
+    assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_real_text_equals_unsplit(checkpoints: dict[str, Path], family: str) -> None:
+    directory = checkpoints[family]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    encoded = [tokenizer(question, context) for question, context in EXAMPLES]
+    sequences = [torch.tensor(item["input_ids"]) for item in encoded]
+    types = None
+    if "token_type_ids" in encoded[0]:
+        types = [torch.tensor(item["token_type_ids"]) for item in encoded]
+        assert any(item.any() for item in types)
+    expected = reference(directory, sequences, types)
+    result = split_run(directory, "0-2,2-4", sequences, types)
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neighbours_in_a_batch_do_not_matter(checkpoints: dict[str, Path], family: str) -> None:
+    stage = StageModel.load(checkpoints[family], device="cpu")
+    sequences = random_sequences(stage.shape, (20, 3, 20, 64), seed=3)
+    packed = stage.run(StageBatch([20, 3, 20, 64], torch.cat(sequences)))
+    alone = torch.cat([stage.run(StageBatch([len(ids)], ids)) for ids in sequences])
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta"])
+def test_padding_ids_inside_a_text(checkpoints: dict[str, Path], family: str) -> None:
+    pad = 1
+    sequences = [
+        torch.tensor([0, pad, pad, 9, 2]),
+        torch.tensor([pad]),
+        torch.tensor([0, 9, pad, 9, pad, 2, 2, 8, 2]),
+    ]
+    result = split_run(checkpoints[family], "0-1,1-4", sequences)
+    torch.testing.assert_close(result, reference(checkpoints[family], sequences), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_stays_near_transformers_own(checkpoints: dict[str, Path], family: str) -> None:
+    directory = checkpoints[family]
+    sequences = random_sequences(StageModel.load(directory, device="cpu").shape, (40, 12, 12))
+    exact = reference(directory, sequences)
+    ours = split_run(directory, "0-2,2-4", sequences, dtype=torch.bfloat16)
+    theirs = reference(directory, sequences, dtype=torch.bfloat16)
+    error, own_error = (ours - exact).abs().mean(), (theirs - exact).abs().mean()
+    assert error < 0.06 * exact.std()
+    # No worse than bfloat16 is in transformers itself, give or take rounding.
+    assert error < 1.3 * own_error
+
+
+def test_every_stage_step_composes_to_run(checkpoints: dict[str, Path]) -> None:
+    stage = StageModel.load(checkpoints["electra"], device="cpu")
+    ids = random_sequences(stage.shape, (9,))[0]
+    hidden = stage.layers(stage.embed(ids, None, [4, 5]), [4, 5])
+    assert hidden.shape == (9, stage.info.hidden_size)
+    assert torch.equal(stage.head(hidden), stage.run(StageBatch([4, 5], ids)))
+
+
+def test_read_only_activations_are_left_alone(checkpoints: dict[str, Path]) -> None:
+    stage = StageModel.load(checkpoints["bert"], LayerRange(1, LAYERS), device="cpu")
+    hidden = torch.randn(8, stage.info.hidden_size)
+    before = hidden.clone()
+    stage.run(StageBatch([8], hidden=hidden))
+    assert torch.equal(hidden, before)
+
+
+def test_sharded_and_half_precision_checkpoints(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "one", "bert", layers=3)
+    make_checkpoint(tmp_path / "many", "bert", layers=3, max_shard_size=40_000)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    sequences = random_sequences(StageModel.load(tmp_path / "one", device="cpu").shape, (6, 11))
+    expected = split_run(tmp_path / "one", "0-1,1-2,2-3", sequences)
+    assert torch.equal(split_run(tmp_path / "many", "0-1,1-2,2-3", sequences), expected)
+    make_checkpoint(tmp_path / "half", "bert", layers=3, dtype=torch.float16)
+    half = split_run(tmp_path / "half", "0-3", sequences)
+    assert half.dtype is torch.float32
+    torch.testing.assert_close(half, expected, atol=2e-2, rtol=0)
+
+
+def test_models_with_unusual_dimensions(tmp_path: Path) -> None:
+    """head_dim not a power of two, one head, one layer."""
+    make_checkpoint(tmp_path, "distilbert", layers=1, hidden=21, heads=1, max_length=40)
+    sequences = random_sequences(StageModel.load(tmp_path, device="cpu").shape, (40, 2, 2))
+    torch.testing.assert_close(
+        split_run(tmp_path, "0-1", sequences), reference(tmp_path, sequences), atol=1e-4, rtol=0
+    )
