@@ -1,0 +1,1 @@
+"""What ships with the product: the question-answering model in ``qa``."""
