@@ -83,17 +83,12 @@ async def test_one_trace_by_the_conventions_and_without_content(
         await gateway.http.get("/secret-path", headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
         await until(lambda: any(s.name == "GET" for s in received.of(TRACE)))
     spans = received.of(TRACE)
-    assert [span.name for span in spans] == [
-        "POST /v1/qa",
-        "GET answer cache",
-        "GET prompt cache",
-        "miaotui.v1.TokenizerService/Encode",
-        *sorted([s.name for s in spans[4:6]], key=lambda name: name != spans[4].name),
-        "read spans",
-        "SET answer cache",
-        "GET",
-    ]
-    assert {s.name for s in spans[4:6]} == {"SET prompt cache", "miaotui.v1.ShardService/Infer"}
+    names = [span.name for span in spans]
+    assert names[:3] == ["POST /v1/qa", "GET answer cache", "GET prompt cache"]
+    assert names[3] == "miaotui.v1.TokenizerService/Encode"
+    # Keeping the tokenised passage does not hold up the model.
+    assert set(names[4:6]) == {"SET prompt cache", "miaotui.v1.ShardService/Infer"}
+    assert names[6:] == ["read spans", "SET answer cache", "GET"]
     root = spans[0]
     assert root.parent_span_id.hex() == PARENT
     assert root.kind == Span.SPAN_KIND_SERVER
