@@ -6,30 +6,36 @@ import itertools
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from miaotui.cli.app import app
 from miaotui.cli.render import highlight
 from miaotui.cli.serve import SERVICES, variable
 from tests.checkpoints import make_checkpoint
 from tests.processes import clean_environment, free_port
 
 
-def run(
-    *arguments: str, stdin: bytes = b"", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """`miaotui` with these arguments."""
-    done = subprocess.run(
-        [sys.executable, "-m", "miaotui.cli", *arguments],
-        input=stdin,
+def run(*arguments: str, columns: int = 100) -> subprocess.CompletedProcess[str]:
+    """`miaotui` with these arguments, in this process."""
+    environment = {"COLUMNS": str(columns), "MIAOTUI_URL": None, "MIAOTUI_MODEL": None}
+    done = CliRunner().invoke(app, arguments, env=environment, prog_name="miaotui")
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
+
+
+def serve(*arguments: str, columns: int = 100) -> subprocess.CompletedProcess[str]:
+    """`miaotui serve`, which becomes another program and so needs a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "miaotui.cli", "serve", *arguments],
         capture_output=True,
+        text=True,
         timeout=120,
-        env={**clean_environment(), "COLUMNS": "100", **environment},
+        env={**clean_environment(), "COLUMNS": str(columns)},
     )
-    out, err = done.stdout.decode(), done.stderr.decode()
-    return subprocess.CompletedProcess(done.args, done.returncode, out, err)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("command", ["", "up", "ask", "plan", "models", "status", "serve"])
 def test_help_has_examples_and_fits(command: str) -> None:
-    done = run(*command.split(), "--help", COLUMNS="80")
+    done = run(*command.split(), "--help", columns=80)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "miaotui" in done.stdout
@@ -47,7 +53,7 @@ def test_help_has_examples_and_fits(command: str) -> None:
         assert "Example" in done.stdout
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['miaotui', 'ask', '--help']\n"
         "from miaotui.cli import main\n"
@@ -56,10 +62,8 @@ def test_help_is_quick_and_imports_no_torch() -> None:
         "heavy = {'torch', 'transformers', 'grpc', 'fastapi', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'imported: {heavy}' if heavy else 0)\n"
     )
-    began = time.process_time()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert time.process_time() - began < 5
 
 
 def test_plan_as_json_adds_up(model: Path) -> None:
@@ -98,7 +102,7 @@ def test_plan_says_what_cannot_be(arguments: list[str], message: str, model: Pat
     done = run("plan", str(model), *arguments)
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr
+    assert not done.stdout
 
 
 @pytest.mark.parametrize("command", ["up", "plan"])
@@ -129,7 +133,7 @@ def test_ask_wants_one_passage_in_utf8(tmp_path: Path) -> None:
         True,
     )
     missing = run("ask", "Who?", "--file", str(tmp_path / "none"))
-    assert (missing.returncode, "No such file" in missing.stderr) == (2, True)
+    assert (missing.returncode, "No such file" in " ".join(missing.stderr.split())) == (2, True)
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -138,7 +142,7 @@ def test_serve_has_a_flag_for_every_setting(service: str) -> None:
 
     _, module, name, _ = SERVICES[service]
     settings = getattr(importlib.import_module(module), name)
-    done = run("serve", service, "--help", COLUMNS="200")
+    done = serve(service, "--help", columns=200)
     assert done.returncode == 0, done.stderr
     for field in settings.model_fields:
         assert f"--{field.replace('_', '-')}" in done.stdout
@@ -146,10 +150,10 @@ def test_serve_has_a_flag_for_every_setting(service: str) -> None:
 
 
 def test_serve_passes_flags_on_and_keeps_the_exit_code() -> None:
-    done = run("serve", "shard", "--model", "/nowhere", "--stage", "-1")
+    done = serve("shard", "--model", "/nowhere", "--stage", "-1")
     assert done.returncode == 2
     assert "MIAOTUI_SHARD_STAGE" in done.stderr
-    unknown = run("serve", "shard", "--modle", "/nowhere")
+    unknown = serve("shard", "--modle", "/nowhere")
     assert unknown.returncode == 2
     assert "--modle" in unknown.stderr
 
