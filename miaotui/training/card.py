@@ -133,7 +133,8 @@ as many wrong passages as right ones. Both are in `config.json` under `miaotui`.
 
 {_data(corpus)}
 
-Chinese characters' first embeddings: CC-CEDICT, CC BY-SA 4.0. The split is by a hash of the
+Chinese characters' first embeddings: CC-CEDICT, CC BY-SA 4.0. Some of these licences ask that what
+is adapted from them is shared alike; none of their text is in this folder. The split is by a hash of the
 article's title (passage's text for reddit), so no article is in two splits.
 
 ## Training
@@ -145,8 +146,9 @@ step {config.decay_from}, then falling linearly, to be zero at step {config.step
 running average (decay {config.average:g}). Loss: cross entropy of start and end against the votes
 of all annotators.
 Windows: crops of {config.crop_low} to {config.crop_first} passage tokens at first, rising, up to
-{config.crop_late} from step {config.late_from} on. {config.unanswerable:.0%} of the questions are
-paired with a passage, or a part of their own, that does not answer them.
+{config.crop_late} from step {config.late_from} on. {config.unanswerable:.0%}, later
+{config.unanswerable_late:.0%} of the questions are paired with a passage, or a part of their own,
+that does not answer them.
 
 Chinese: {vocabulary.size - vocabulary.base_size + 994} new tokens in {len(vocabulary.row_chars)}
 rows; characters that differ by script only share a row. Rows start from the English glosses of the

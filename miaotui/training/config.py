@@ -56,6 +56,7 @@ class TrainConfig(BaseModel):
     crop_steps: int = 1600
     crop_late: int = Field(default=192, description="most of them from late_from on")
     unanswerable: float = Field(default=0.12, description="share of wrong passages")
+    unanswerable_late: float = Field(default=0.2, description="the same from late_from on")
     mask: float = Field(default=0.12, description="share of Chinese tokens masked")
     mask_weight: float = 0.3
 

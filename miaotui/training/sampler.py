@@ -35,10 +35,12 @@ class Sampler:
         config = self.config
         rng = random.Random(f"{config.seed}/chunk/{number}")
         step = number * config.chunk
-        mixture = config.late if step >= config.late_from else config.early
+        late = step >= config.late_from
+        mixture = config.late if late else config.early
         shares = {d: s for d, s in mixture.shares().items() if self.questions.get(d)}
         domains = rng.choices(list(shares), list(shares.values()), k=config.chunk * config.batch)
-        draw = Draw(config.crop_low, config.crop(step), config.unanswerable, config.mask)
+        wrong = config.unanswerable_late if late else config.unanswerable
+        draw = Draw(config.crop_low, config.crop(step), wrong, config.mask)
         examples = [self.maker.make(self._next(domain), draw, rng) for domain in domains]
         examples.sort(key=lambda e: len(e.ids))
         size = config.batch
