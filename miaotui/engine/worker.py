@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +15,8 @@ import torch
 
 from miaotui.engine.threads import available_cores, threads_for
 from miaotui.models.stage import StageBatch
+
+log = logging.getLogger(__name__)
 
 
 class QueueFullError(Exception):
@@ -72,6 +76,7 @@ class ComputeWorker:
         capacity: int = 64,
         colocated_stages: int = 1,
         cores: int | None = None,
+        prepare: Callable[[], object] | None = None,
         name: str = "compute",
     ) -> None:
         """Start the thread.
@@ -81,6 +86,8 @@ class ComputeWorker:
             capacity: batches that may wait, besides the one being computed.
             colocated_stages: stages on this machine, this one included.
             cores: cores that they share; None: those that this process may use.
+            prepare: called once on the thread, before the first batch; `StageModel.warm_up`
+                here spares the first request the set-up of threads and kernels.
             name: the thread's name, for debuggers and profilers.
 
         Raises:
@@ -96,6 +103,7 @@ class ComputeWorker:
         self.colocated_stages = colocated_stages
         self.cores = cores
         self._model = model
+        self._prepare = prepare
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -168,6 +176,12 @@ class ComputeWorker:
         return not self._thread.is_alive()
 
     def _loop(self) -> None:
+        if self._prepare is not None:
+            try:
+                self._prepare()
+            except Exception:
+                # Not fatal here: a batch that hits the same trouble reports it to its caller.
+                log.exception("the compute thread could not warm up")
         while (job := self._next()) is not None:
             if job.future.set_running_or_notify_cancel():
                 self._compute(job)

@@ -189,8 +189,9 @@ class StageModel:
         """
         return self._head(hidden)
 
-    def warm_up(self, lengths: Sequence[int] = (16,)) -> None:
+    def warm_up(self) -> None:
         """Run one batch of made-up tokens, so that no request pays for first-call set-up."""
+        lengths = [min(64, self.info.max_sequence_length)]
         tokens = sum(lengths)
         if self.info.is_first:
             batch = StageBatch(lengths, input_ids=torch.zeros(tokens, dtype=torch.int64))

@@ -183,6 +183,17 @@ def test_idle_threads_keep_no_tensors_alive(make: Callable[..., ComputeWorker]) 
     pytest.fail("the worker still holds the last output")
 
 
+def test_preparation_comes_first_and_may_fail(fake: Fake) -> None:
+    def prepare() -> None:
+        fake.run(StageBatch([100]))
+        raise RuntimeError("cold")
+
+    worker = ComputeWorker(fake, prepare=prepare)
+    assert worker.submit(StageBatch([1])).result(10).output.item() == 1
+    assert [entry[0] for entry in fake.seen] == [100, 1]
+    assert worker.close(timeout=10)
+
+
 def test_numbers_below_one_are_refused(fake: Fake) -> None:
     for settings in ({"capacity": 0}, {"colocated_stages": 0}, {"cores": 0}):
         with pytest.raises(ValueError, match="at least 1"):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
+from miaotui.models import attention
 from miaotui.models.layers import LayerRange
 from miaotui.models.stage import StageBatch, StageModel
 from tests.checkpoints import EXAMPLES, FAMILIES, make_checkpoint, random_sequences
@@ -168,3 +171,46 @@ def test_models_with_unusual_dimensions(tmp_path: Path) -> None:
     torch.testing.assert_close(
         split_run(tmp_path, "0-1", sequences), reference(tmp_path, sequences), atol=1e-4, rtol=0
     )
+
+
+def test_varlen_kernel_is_called_as_it_asks(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CUDA path's arithmetic around the kernel, with a stand-in for the kernel itself."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    signature = inspect.signature(varlen.varlen_attn)
+
+    def stand_in(*args: Any, **kwargs: Any) -> torch.Tensor:
+        given = signature.bind(*args, **kwargs).arguments
+        query, key, value, offsets = (given[n] for n in ("query", "key", "value", "cu_seq_q"))
+        assert given["cu_seq_k"] is offsets
+        assert offsets.dtype is torch.int32
+        assert query.is_contiguous()
+        lengths = offsets.diff().tolist()
+        assert given["max_q"] == given["max_k"] == max(lengths)
+        parts = [tensor.transpose(0, 1).split(lengths, 1) for tensor in (query, key, value)]
+        done = [
+            torch.nn.functional.scaled_dot_product_attention(*qkv, scale=given["scale"])
+            for qkv in zip(*parts, strict=True)
+        ]
+        return torch.cat(done, 1).transpose(0, 1)
+
+    stage = StageModel.load(checkpoints["bert"], device="cpu")
+    ids = torch.cat(random_sequences(stage.shape, (5, 17, 5)))
+    expected = stage.run(StageBatch([5, 17, 5], ids))
+    monkeypatch.setattr(attention, "_varlen_attention", stand_in)
+    monkeypatch.setattr(attention, "_fits_varlen", lambda query: True)
+    torch.testing.assert_close(stage.run(StageBatch([5, 17, 5], ids)), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.15)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda_equals_cpu(
+    checkpoints: dict[str, Path], family: str, dtype: str, tolerance: float
+) -> None:
+    exact = StageModel.load(checkpoints[family], device="cpu", dtype="float32")
+    on_gpu = StageModel.load(checkpoints[family], device="cuda", dtype=dtype)
+    ids = torch.cat(random_sequences(exact.shape, LENGTHS))
+    result = on_gpu.run(StageBatch(LENGTHS, ids)).cpu()
+    torch.testing.assert_close(result, exact.run(StageBatch(LENGTHS, ids)), atol=tolerance, rtol=0)
