@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LOOK_SECONDS = 1.5
+# A busy machine answers late, and that alone is no reason to send requests away.
+LATE_LOOKS = 3
 UNREADY_POLL_SECONDS = 0.25
 # Looks at the services would drown the traces of requests: flag 00 is "not sampled".
 _UNSAMPLED = (("traceparent", f"00-{1:032x}-{1:016x}-00"),)
@@ -65,6 +67,8 @@ class Upstream:
         self.last: Served | None = None
         self._reason = "The gateway has not looked at its services yet."
         self._lock = asyncio.Lock()
+        self._looks = 0
+        self._late = 0
         self._stale = asyncio.Event()
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -98,12 +102,19 @@ class Upstream:
 
     async def look(self) -> None:
         """Asks both services who they are and whether they are healthy."""
-        before = self._served
+        before = self._looks
         async with self._lock:
-            if self._served is not before:
+            if self._looks != before:
                 return  # another has just looked
             self._stale.clear()
-            served, reason = await self._ask()
+            try:
+                served, reason = await self._ask()
+                self._late = 0
+            except _LateError as error:
+                self._late += 1
+                kept = self._served if self._late < LATE_LOOKS else None
+                served, reason = kept, str(error)
+            self._looks += 1
             if self._stale.is_set():
                 served, reason = None, "A service behind the gateway has just restarted."
             if (served, reason) != (self._served, self._reason):
@@ -142,6 +153,8 @@ class Upstream:
         try:
             return await call
         except aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise _LateError(f"{name} does not answer in time.") from None
             raise _NotReadyError(f"{name} does not answer ({error.code().name}).") from None
 
     async def _healthy(self, name: str) -> None:
@@ -180,6 +193,10 @@ class Upstream:
 
 
 class _NotReadyError(Exception):
+    pass
+
+
+class _LateError(Exception):
     pass
 
 

@@ -133,8 +133,13 @@ class FakeShard(shard_pb2_grpc.ShardServiceServicer):
         self.fingerprint = "model-1"
         self.status = shard_pb.STAGE_STATUS_SERVING
         self.index = 0
+        self.describe_delays: list[float] = []
+        self.described = 0
 
     async def Describe(self, request: Any, context: Context) -> Any:
+        self.described += 1
+        if self.describe_delays:
+            await asyncio.sleep(self.describe_delays.pop(0))
         stages = [
             shard_pb.StageInfo(
                 index=self.index + i,

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from miaotui.v1 import shard_pb2 as shard_pb
-from tests.gateway.conftest import Gateway
+from tests.gateway.conftest import Gateway, until
 from tests.gateway.fakes import Fakes
 
 # Combining marks, an emoji of two UTF-16 units and of several code points, right-to-left.
@@ -298,6 +298,31 @@ async def test_readiness_tells_why_not(gateway: Gateway, fakes: Fakes) -> None:
         assert "as told" in (await gateway.ready(False)).json()["detail"]
     finally:
         fakes.shard.status = shard_pb.STAGE_STATUS_SERVING
+    await gateway.ready()
+
+
+async def test_a_service_that_is_late_once_stays_in_use(gateway: Gateway, fakes: Fakes) -> None:
+    looks = fakes.shard.described
+    fakes.shard.describe_delays = [2.0]
+    await until(lambda: not fakes.shard.describe_delays)
+    for number in range(20):
+        assert (await gateway.ask(f"late {number}", "In 1915.")).status_code == 200
+        await asyncio.sleep(0.1)
+    await until(lambda: fakes.shard.described >= looks + 2)
+
+
+async def test_a_service_that_stays_silent_is_given_up(gateway: Gateway, fakes: Fakes) -> None:
+    fakes.shard.describe_delays = [30.0] * 50
+    try:
+        began = time.monotonic()
+        response = await gateway.ready(False)
+        assert "does not answer in time" in response.json()["detail"]
+        # Requests do not queue up behind each other's looks.
+        responses = await asyncio.gather(*(gateway.ask(f"s{i}", "In 1916.") for i in range(30)))
+        assert {r.status_code for r in responses} == {503}
+        assert time.monotonic() - began < 15
+    finally:
+        fakes.shard.describe_delays = []
     await gateway.ready()
 
 
