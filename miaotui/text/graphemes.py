@@ -46,11 +46,14 @@ def _joined(codes: NDArray[np.uint32], properties: Kinds) -> NDArray[np.bool_]:
     visible = (codes[:-1] >= 0x20) & ~have(left, Kind.SPACE)
     joined = have(right, Kind.EXTEND) & visible
     joined |= have(left, Kind.PREPEND) & (codes[1:] >= 0x20) & ~have(right, Kind.SPACE)
-    after_zwj = codes[:-1] == _ZWJ
-    joined |= after_zwj & have(right, Kind.PICTOGRAPH)
-    linked = have(left, Kind.LINKER)
-    linked[1:] |= after_zwj[1:] & linked[:-1]
-    joined |= linked & have(right, Kind.CONSONANT)
+    joined |= (codes[:-1] == _ZWJ) & have(right, Kind.PICTOGRAPH)
+    index = np.arange(len(codes))
+    linker = have(left, Kind.LINKER)
+    if linker.any():
+        # A conjunct: a linker, any further marks, a consonant.
+        last_linker = np.maximum.accumulate(np.where(linker, index[:-1], -1))
+        last_other = np.maximum.accumulate(np.where(have(left, Kind.EXTEND), -1, index[:-1]))
+        joined |= (last_linker > last_other) & have(right, Kind.CONSONANT)
     hangul_syllable = Kind.HANGUL_L | Kind.HANGUL_V | Kind.HANGUL_LV | Kind.HANGUL_LVT
     joined |= have(left, Kind.HANGUL_L) & have(right, hangul_syllable)
     joined |= have(left, Kind.HANGUL_LV | Kind.HANGUL_V) & have(
@@ -60,7 +63,6 @@ def _joined(codes: NDArray[np.uint32], properties: Kinds) -> NDArray[np.bool_]:
     regional = have(properties, Kind.REGIONAL)
     if regional.any():
         # Flags are pairs, counted from the start of each run of regional indicators.
-        index = np.arange(len(codes))
         run_start = np.maximum.accumulate(np.where(regional, 0, index + 1))
         joined |= regional[1:] & ((index - run_start)[1:] % 2 == 1)
     return joined
