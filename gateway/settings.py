@@ -86,6 +86,11 @@ class GatewaySettings(BaseSettings):
         """Whether other gateways may use the same cache: a random secret is nobody else's."""
         return self.redis_url is not None and "cache_secret" in self.model_fields_set
 
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _any_case(cls, level: object) -> object:
+        return level.lower() if isinstance(level, str) else level
+
     @model_validator(mode="after")
     def _check(self) -> GatewaySettings:
         if self.request_timeout > self.max_request_timeout:

@@ -16,6 +16,7 @@ from grpc import aio
 
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import shard_pb2_grpc, tokenizer_pb2_grpc
+from miaotui.v1 import tensor_pb2 as tensor_pb
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 from services.rpc.server import RpcServer
 
@@ -124,6 +125,12 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
                 return tokenizer_pb.EncodeResponse(windows=windows, passage=passage)
             first += ROOM - STRIDE
 
+    async def Decode(self, request: Any, context: Context) -> Any:
+        raise NotImplementedError
+
+    async def DecodeSpans(self, request: Any, context: Context) -> Any:
+        raise NotImplementedError
+
 
 class FakeShard(shard_pb2_grpc.ShardServiceServicer):
     """Stage 0 of two; finds the first run of digits after the separator."""
@@ -150,8 +157,8 @@ class FakeShard(shard_pb2_grpc.ShardServiceServicer):
                 model_fingerprint=self.fingerprint,
                 model_name="fake",
                 model_type="bert",
-                compute_dtype=1,
-                wire_dtype=2,
+                compute_dtype=tensor_pb.DTYPE_FLOAT32,
+                wire_dtype=tensor_pb.DTYPE_FLOAT16,
                 max_sequence_length=512,
                 device="cpu",
                 parameter_bytes=1000,
@@ -173,6 +180,9 @@ class FakeShard(shard_pb2_grpc.ShardServiceServicer):
             for i in range(2)
         ]
         return shard_pb.InferResponse(logits=logits, timings=timings)
+
+    def Forward(self, request_iterator: Any, context: Context) -> Any:
+        raise NotImplementedError
 
     @staticmethod
     def _logits(input_ids: bytes) -> shard_pb.SpanLogits:

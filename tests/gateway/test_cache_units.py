@@ -18,7 +18,7 @@ from gateway.schema import QaRequest
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 from tests.gateway.conftest import until
 
-REQUEST = QaRequest(question="When?", context="In 1925.")
+REQUEST = QaRequest.model_validate({"question": "When?", "context": "In 1925."})
 
 
 class Counted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 import pytest
@@ -128,10 +128,11 @@ async def test_batch(stub: Stub, fakes: Fakes) -> None:
 async def test_models_health_and_reflection(stub: Stub, channel: aio.Channel, fakes: Fakes) -> None:
     (model,) = (await stub.ListModels(pb.ListModelsRequest())).models
     assert (model.name, model.stages, model.ready) == ("fake", 2, True)
-    health = health_pb2_grpc.HealthStub(channel)
+    health: Any = health_pb2_grpc.HealthStub(channel)
     reply = await health.Check(health_pb2.HealthCheckRequest(service="miaotui.v1.GatewayService"))
     assert reply.status == health_pb2.HealthCheckResponse.SERVING
-    reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+    reflection: Any = reflection_pb2_grpc
+    reflect = reflection.ServerReflectionStub(channel).ServerReflectionInfo
     asked = reflection_pb2.ServerReflectionRequest(list_services="")
     async for answer in reflect(iter([asked])):
         names = {service.name for service in answer.list_services_response.service}
