@@ -71,7 +71,9 @@ class StageObserver:
         if not any(parent.is_valid and parent.trace_flags.sampled for parent in parents):
             return
         # A batch serves many requests, so its own span has no single parent: it links to all.
-        links = [Link(parent) for parent in dict.fromkeys(parents) if parent.is_valid]
+        # By their ids, because a span context holds a list and so cannot be hashed.
+        distinct = {(parent.trace_id, parent.span_id): parent for parent in parents}
+        links = [Link(parent) for parent in distinct.values() if parent.is_valid]
         begin, end = _nanoseconds(started), _nanoseconds(finished)
         shared = self._tracer.start_span(
             f"stage {self.stage} batch",
