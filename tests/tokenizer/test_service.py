@@ -290,7 +290,7 @@ async def test_metrics(stub: Stub, service: Service) -> None:
         assert f"miaotui_tokenizer_{name}" in text
 
 
-def test_refuses_to_start_and_says_why(tmp_path: Path) -> None:
+async def test_refuses_to_start_and_says_why(tmp_path: Path) -> None:
     def start(**env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "services.tokenizer"],
@@ -301,10 +301,12 @@ def test_refuses_to_start_and_says_why(tmp_path: Path) -> None:
             check=False,
         )
 
-    unset = start()
+    unset, missing = await asyncio.gather(
+        asyncio.to_thread(start),
+        asyncio.to_thread(start, MIAOTUI_TOKENIZER_MODEL=str(tmp_path / "missing")),
+    )
     assert unset.returncode == 2
     assert "MIAOTUI_TOKENIZER_MODEL" in unset.stderr
-    missing = start(MIAOTUI_TOKENIZER_MODEL=str(tmp_path / "missing"))
     assert missing.returncode == 2
     assert "no such model directory" in missing.stderr
     assert "Traceback" not in missing.stderr
