@@ -73,7 +73,8 @@ def build_stage(settings: ShardSettings, model: StageModel, server: RpcServer) -
     stages = len(settings.addresses)
     info = stage_info(model, settings)
     runner = StageRunner(
-        ComputeWorker(model, colocated_stages=settings.colocated), stage=settings.stage
+        ComputeWorker(model, colocated_stages=settings.colocated, prepare=model.warm_up),
+        stage=settings.stage,
     )
     stage = Stage(
         info,
