@@ -23,7 +23,6 @@ from gateway.rpc import SERVICE, GatewayServicer
 from gateway.settings import GatewaySettings, split_listen
 from gateway.upstream import Upstream
 from miaotui.telemetry import setup_logging, setup_telemetry
-from miaotui.v1 import gateway_pb2_grpc
 from services.rpc.server import AddressInUseError, RpcServer, run, stop_event
 
 log = logging.getLogger(__name__)
@@ -109,7 +108,7 @@ async def serve_gateway(settings: GatewaySettings) -> None:
     )
     rpc = RpcServer(SERVICE)
     servicer = GatewayServicer(settings, upstream, pipeline)
-    gateway_pb2_grpc.add_GatewayServiceServicer_to_server(servicer, rpc.aio)
+    servicer.add_to(rpc.aio)
     http = _http_server(build_app(settings, upstream, pipeline, metrics), settings)
     stopping = stop_event()
     try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NoReturn
 
+import grpc
+from google.protobuf.message import DecodeError, Message
 from grpc import aio
 
 from gateway.batch import run_batch
@@ -44,6 +46,29 @@ _NORMALIZATION = {
 }
 
 
+# What bytes that are no message are read as, told apart by identity. gRPC itself would
+# answer INTERNAL and log a traceback for each.
+_UNREADABLE: dict[type[Message], Message] = {
+    kind: kind() for kind in (pb.AnswerRequest, pb.AnswerBatchRequest, pb.ListModelsRequest)
+}
+
+
+def _reader(kind: type[Message]) -> Callable[[bytes], Message]:
+    def read(data: bytes) -> Message:
+        try:
+            return kind.FromString(data)
+        except DecodeError:
+            return _UNREADABLE[kind]
+
+    return read
+
+
+def _check_readable(request: Message) -> None:
+    if request is _UNREADABLE[type(request)]:
+        name = type(request).DESCRIPTOR.name
+        raise GatewayError("malformed-body", f"The bytes are no {name}, or its text is no UTF-8.")
+
+
 class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     """GatewayService over the pipeline that HTTP uses too."""
 
@@ -52,9 +77,32 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self._upstream = upstream
         self._pipeline = pipeline
 
+    def add_to(self, server: aio.Server) -> None:
+        """Registers the service's methods."""
+        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+        handlers = {
+            "Answer": unary(
+                self.Answer,
+                request_deserializer=_reader(pb.AnswerRequest),
+                response_serializer=pb.AnswerResponse.SerializeToString,
+            ),
+            "AnswerBatch": stream(
+                self.AnswerBatch,
+                request_deserializer=_reader(pb.AnswerBatchRequest),
+                response_serializer=pb.AnswerBatchResponse.SerializeToString,
+            ),
+            "ListModels": unary(
+                self.ListModels,
+                request_deserializer=_reader(pb.ListModelsRequest),
+                response_serializer=pb.ListModelsResponse.SerializeToString,
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
     async def Answer(self, request: pb.AnswerRequest, context: Context) -> pb.AnswerResponse:
         """Answers one question."""
         try:
+            _check_readable(request)
             question = self._parse(request, "")
             answer = await self._pipeline.answer(
                 question, _request_id(context), self._timeout(context)
@@ -67,6 +115,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self, request: pb.AnswerBatchRequest, context: Context
     ) -> AsyncIterator[pb.AnswerBatchResponse]:
         """Answers many, each as soon as it is ready."""
+        try:
+            _check_readable(request)
+        except GatewayError as unreadable:
+            await _abort(context, unreadable)
         limit = self._settings.max_batch_items
         if not 1 <= len(request.requests) <= limit:
             fault = FieldError("/requests", f"must hold 1 to {limit} questions")

@@ -81,6 +81,22 @@ async def test_requests_that_are_not_valid(
     assert f"{place}:" in (caught.value.details() or "")
 
 
+@pytest.mark.parametrize("method", ["Answer", "AnswerBatch"])
+@pytest.mark.parametrize("data", [b"\xff" * 64, b"\x0a\x05ab", b"\x0a\x02\xff\xfe"])
+async def test_bytes_that_are_no_message(
+    channel: aio.Channel, gateway: Gateway, method: str, data: bytes
+) -> None:
+    path = f"/miaotui.v1.GatewayService/{method}"
+    untyped: Any = channel
+    with pytest.raises(aio.AioRpcError) as caught:
+        if method == "Answer":
+            await untyped.unary_unary(path)(data)
+        else:
+            _ = [item async for item in untyped.unary_stream(path)(data)]
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "Traceback" not in gateway.process.log
+
+
 async def test_deadline_and_cancellation_reach_the_shard(stub: Stub, fakes: Fakes) -> None:
     fakes.shard.faults.delay = 10
     request = pb.AnswerRequest(question="slow by gRPC", context="In 1942.")
