@@ -77,12 +77,13 @@ def evaluate(
     data: DataOption = DEFAULTS.data,
     model: Annotated[Path, typer.Option(help="folder of an exported model")] = BUNDLED,
     limit: LimitOption = 400,
+    card: Annotated[bool, typer.Option(help="write the scores to its model card")] = False,
 ) -> None:
     """Score an exported model on the held-out questions, with the threshold it carries."""
-    from miaotui.training.pipeline import evaluate_folder
+    from miaotui.training import pipeline
 
     config = configure(data, DEFAULTS.work, DEFAULTS.seed, DEFAULTS.fraction, "{}")
-    typer.echo(evaluate_folder(config, model, limit).model_dump_json(indent=2))
+    typer.echo(pipeline.evaluate(config, model, limit, card).model_dump_json(indent=2))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from miaotui.training.config import TrainConfig
 from miaotui.training.data import DOMAINS, Corpus
 from miaotui.training.report import Results
-from miaotui.training.vocab import Vocabulary
 
 _HEAD = """---
 language: [en, zh]
@@ -94,7 +93,7 @@ def _weaknesses(found: Results) -> str:
             "worse on them."
         )
     lines += [
-        "- Characters outside the 5,900 of its vocabulary are unknown to it.",
+        "- Chinese characters outside its vocabulary are unknown to it.",
         "- Trained on windows shorter than those it is used with (see below); long passages are "
         "read through overlapping windows.",
         "- The sources' biases (Wikipedia, reviews, forum posts) are its own.",
@@ -102,10 +101,8 @@ def _weaknesses(found: Results) -> str:
     return "\n".join(lines)
 
 
-def model_card(
-    config: TrainConfig, corpus: Corpus, found: Results, steps: int, vocabulary: Vocabulary
-) -> str:
-    """The whole README.md. ``steps`` are those really done."""
+def model_card(config: TrainConfig, corpus: Corpus, found: Results, characters: int) -> str:
+    """The whole README.md. ``characters`` is how many Chinese ones the vocabulary has."""
     pooled = ", ".join(f"{name} {value:.3f}" for name, value in found.auroc.items())
     return f"""{_HEAD}
 ## Scores
@@ -134,14 +131,14 @@ as many wrong passages as right ones. Both are in `config.json` under `miaotui`.
 {_data(corpus)}
 
 Chinese characters' first embeddings: CC-CEDICT, CC BY-SA 4.0. Some of these licences ask that what
-is adapted from them is shared alike; none of their text is in this folder. The split is by a hash of the
-article's title (passage's text for reddit), so no article is in two splits.
+is adapted from them is shared alike; none of their text is in this folder. The split is by a hash
+of the article's title (passage's text for reddit), so no article is in two splits.
 
 ## Training
 
-Seed {config.seed}, {steps} steps of {config.batch} questions, AdamW, rate {config.rate:g} for the
-top layer and {config.layer_decay:g} times that for each layer below, {config.rate_words:g} for the
-base's embeddings, {config.rate_new:g} for the new rows; warm-up {config.warmup} steps, constant to
+Seed {config.seed}, {found.steps} steps of {config.batch} questions, AdamW, rate {config.rate:g} for
+the top layer and {config.layer_decay:g} times that for each layer below, {config.rate_words:g} for
+the base's embeddings, {config.rate_new:g} for the new rows; warm-up {config.warmup} steps, constant to
 step {config.decay_from}, then falling linearly, to be zero at step {config.steps}. Weights shipped:
 running average (decay {config.average:g}). Loss: cross entropy of start and end against the votes
 of all annotators.
@@ -150,8 +147,8 @@ Windows: crops of {config.crop_low} to {config.crop_first} passage tokens at fir
 {config.unanswerable_late:.0%} of the questions are paired with a passage, or a part of their own,
 that does not answer them.
 
-Chinese: {vocabulary.size - vocabulary.base_size + 994} new tokens in {len(vocabulary.row_chars)}
-rows; characters that differ by script only share a row. Rows start from the English glosses of the
+Chinese: {characters} characters in the vocabulary; those that differ by script only shared a row
+while they were trained. Rows start from the English glosses of the
 characters, then learn to give words the sentence vector of their gloss ({config.align_epochs}
 epochs, encoder frozen), then learn with the questions and, {config.mask:.0%} of the Chinese passage
 tokens being masked, by predicting those (weight {config.mask_weight:g}).

@@ -56,7 +56,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def save_config(
-    model: BertForQuestionAnswering, folder: Path, config: TrainConfig, calibration: Calibration
+    model: BertForQuestionAnswering,
+    folder: Path,
+    config: TrainConfig,
+    calibration: Calibration,
+    steps: int,
 ) -> None:
     """Write ``config.json``; what Miaotui needs besides lies under its key ``miaotui``."""
     state = json.loads(model.config.to_json_string(use_diff=False))
@@ -65,6 +69,7 @@ def save_config(
     state["dtype"] = "float16"
     state["hidden_dropout_prob"] = state["attention_probs_dropout_prob"] = 0.1
     state["miaotui"] = {
+        "trained_steps": steps,
         "max_length": config.max_length,
         "stride": config.stride,
         "longest_answer": {"en": 30, "zh": 40},

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from transformers import AutoModelForQuestionAnswering
 
 from miaotui.training.align import align, choose_words
 from miaotui.training.card import model_card
@@ -22,7 +23,7 @@ from miaotui.training.export import (
     save_weights,
 )
 from miaotui.training.features import Encoded, Special, encode
-from miaotui.training.glosses import read_dictionary
+from miaotui.training.glosses import is_han, read_dictionary
 from miaotui.training.maker import Maker
 from miaotui.training.model import TrainingModel, base_folder, base_state, from_base, to_plain
 from miaotui.training.noanswer import Calibration
@@ -86,7 +87,7 @@ def prepare_rows(config: TrainConfig, corpus: Corpus) -> tuple[Vocabulary, torch
     model = from_base(base, rows, vocabulary.rows, config.seed).to(pick_device())
     words = choose_words(texts, entries, {c for group in groups for c in group})
     log.info("%d characters in %d rows, %d words", sum(map(len, groups)), len(groups), len(words))
-    align(model, vocabulary, base_tokenizer, words, epochs=config.align_epochs, seed=config.seed)
+    align(model, vocabulary, base_tokenizer, words, epochs=config.align_epochs, seed=1)
     rows = model.words.new.detach().cpu().clone()
     save_vocabulary(vocabulary, folder)
     torch.save(rows, rows_file)
@@ -143,42 +144,36 @@ def export(setup: Setup, out: Path, limit: int) -> Results:
     config = setup.config
     trainer = make_trainer(setup)
     trainer.resume()
-    plain = to_plain(trainer.averaged().cpu())
+    plain = to_plain(trainer.averaged().cpu()).half().float()
     out.mkdir(parents=True, exist_ok=True)
     save_weights(plain, out)
     save_tokenizer(setup.vocabulary.tokenizer, out)
-    save_config(plain, out, config, Calibration(0.0, 1.0))
     save_licence(out)
-    found = evaluate(setup.encoded, setup.special, config, out, limit)
-    save_config(plain, out, config, Calibration(found.threshold, found.scale))
-    (out / "results.json").write_text(found.model_dump_json(indent=2) + "\n")
-    card = model_card(config, setup.encoded.corpus, found, trainer.step, setup.vocabulary)
-    (out / "README.md").write_text(card, encoding="utf-8")
+    dev = measure(plain_logits(plain), setup.encoded, setup.special, "dev", limit, config)
+    save_config(plain, out, config, calibration_of(dev), trainer.step)
     log.info("%d bytes in %s", check_size(out), out)
-    return found
+    return evaluate(config, out, limit, card=True)
 
 
-def evaluate(
-    encoded: Encoded,
-    special: Special,
-    config: TrainConfig,
-    folder: Path,
-    limit: int,
-    calibration: Calibration | None = None,
-) -> Results:
-    """Scores of an exported model on the held-out split; calibrated on dev unless given."""
-    logits = plain_logits(folder)
-    if calibration is None:
-        calibration = calibration_of(measure(logits, encoded, special, "dev", limit, config))
-    heldout = measure(logits, encoded, special, "heldout", limit, config)
-    return results(encoded, heldout, calibration, "heldout")
+def evaluate(config: TrainConfig, folder: Path, limit: int, card: bool = False) -> Results:
+    """Scores of an exported model on the held-out split, with its own tokenizer and threshold.
 
-
-def evaluate_folder(config: TrainConfig, folder: Path, limit: int) -> Results:
-    """Scores of an exported model with its own tokenizer and threshold."""
+    With ``card`` they are written to its ``results.json`` and ``README.md``.
+    """
     torch.set_num_threads(config.threads)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     own = json.loads((folder / "config.json").read_text(encoding="utf-8"))["miaotui"]
     calibration = Calibration(own["no_answer_threshold"], own["no_answer_scale"])
     encoded = encode(read_corpus(config.data), tokenizer, config.max_question)
-    return evaluate(encoded, Special.of(tokenizer), config, folder, limit, calibration)
+    model = AutoModelForQuestionAnswering.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    special = Special.of(tokenizer)
+    measured = measure(plain_logits(model), encoded, special, "heldout", limit, config)
+    found = results(encoded, measured, calibration, "heldout", own["trained_steps"])
+    if card:
+        characters = sum(len(t) == 1 and is_han(t) for t in tokenizer.get_vocab())
+        (folder / "results.json").write_text(found.model_dump_json(indent=2) + "\n")
+        text = model_card(config, encoded.corpus, found, characters)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    return found

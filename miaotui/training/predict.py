@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,18 +64,26 @@ def best_span(start: Floats, end: Floats, longest: int) -> tuple[int, int, float
     return first, last, float(scores[first, last])
 
 
+@dataclass(frozen=True)
+class Window:
+    """One window of a pair: its number, first passage token, where the passage begins, ids."""
+
+    pair: int
+    low: int
+    at: int
+    ids: list[int]
+
+
 def _inputs(
     encoded: Encoded, special: Special, pairs: list[Pair], max_length: int, stride: int
-) -> Iterator[tuple[int, int, int, list[int]]]:
-    """(pair, window's first passage token, where the passage begins, ids) of every window."""
+) -> Iterator[Window]:
     for number, pair in enumerate(pairs):
         head = [special.cls, *encoded.questions[pair.question], special.sep]
         ids = encoded.passages[pair.passage].ids.tolist()
         for low, high in windows(len(ids), max_length - len(head) - 1, stride):
-            yield number, low, len(head), [*head, *ids[low:high], special.sep]
+            yield Window(number, low, len(head), [*head, *ids[low:high], special.sep])
 
 
-@torch.inference_mode()
 def predict(
     logits: Logits,
     encoded: Encoded,
@@ -83,38 +92,55 @@ def predict(
     *,
     max_length: int = 384,
     stride: int = 128,
-    tokens: int = 6144,
+    tokens: int = 4096,
+    threads: int = 1,
 ) -> list[Prediction]:
-    """The best answer to each pair. ``tokens`` bounds a batch."""
-    todo = sorted(_inputs(encoded, special, pairs, max_length, stride), key=lambda w: len(w[3]))
+    """The best answer to each pair. ``tokens`` bounds a batch; each thread takes one core."""
+    todo = sorted(_inputs(encoded, special, pairs, max_length, stride), key=lambda w: len(w.ids))
+    batches = []
+    while todo:
+        size = max(1, tokens // len(todo[-1].ids))
+        batches.append(todo[-size:])
+        todo = todo[:-size]
     best: list[tuple[float, int, int] | None] = [None] * len(pairs)
     null = [float("inf")] * len(pairs)
-    while todo:
-        size = max(1, tokens // len(todo[-1][3]))
-        part, todo = todo[-size:], todo[:-size]
-        shape = (len(part), len(part[-1][3]))
-        ids, mask, types = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
-        for row, (_, _, at, window) in enumerate(part):
-            ids[row, : len(window)] = torch.tensor(window)
-            mask[row, : len(window)] = 1
-            types[row, at : len(window)] = 1
-        start, end = (x.float().cpu().numpy() for x in logits(ids, mask, types))
-        for row, (number, low, at, window) in enumerate(part):
-            stop = len(window) - 1
-            null[number] = min(null[number], float(start[row, 0] + end[row, 0]))
-            if stop <= at:
-                continue
-            language = encoded.corpus.passages[pairs[number].passage].language
-            first, last, score = best_span(
-                start[row, at:stop], end[row, at:stop], LONGEST_ANSWER[language]
-            )
-            held = best[number]
-            if held is None or score > held[0]:
-                best[number] = (score, low + first, low + last)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for found in pool.map(lambda batch: _batch(logits, encoded, pairs, batch), batches):
+            for number, nothing, span in found:
+                null[number] = min(null[number], nothing)
+                held = best[number]
+                if span is not None and (held is None or span[0] > held[0]):
+                    best[number] = span
     return [
-        _prediction(encoded, pair, found, null[number])
-        for number, (pair, found) in enumerate(zip(pairs, best, strict=True))
+        _prediction(encoded, pair, span, null[number])
+        for number, (pair, span) in enumerate(zip(pairs, best, strict=True))
     ]
+
+
+@torch.inference_mode()
+def _batch(
+    logits: Logits, encoded: Encoded, pairs: list[Pair], batch: list[Window]
+) -> list[tuple[int, float, tuple[float, int, int] | None]]:
+    """Of each window: its pair, the null logit, and the best span's score and passage tokens."""
+    shape = (len(batch), max(len(w.ids) for w in batch))
+    ids, mask, types = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    for row, window in enumerate(batch):
+        length = len(window.ids)
+        ids[row, :length] = torch.tensor(window.ids)
+        mask[row, :length] = 1
+        types[row, window.at : length] = 1
+    start, end = (x.float().cpu().numpy() for x in logits(ids, mask, types))
+    found: list[tuple[int, float, tuple[float, int, int] | None]] = []
+    for row, window in enumerate(batch):
+        at, stop = window.at, len(window.ids) - 1
+        span = None
+        if stop > at:
+            passage = encoded.corpus.passages[pairs[window.pair].passage]
+            longest = LONGEST_ANSWER[passage.language]
+            first, last, score = best_span(start[row, at:stop], end[row, at:stop], longest)
+            span = (score, window.low + first, window.low + last)
+        found.append((window.pair, float(start[row, 0] + end[row, 0]), span))
+    return found
 
 
 def _prediction(

@@ -5,12 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
-from transformers import AutoModelForQuestionAnswering
+from transformers import BertForQuestionAnswering
 
 from miaotui.training.config import TrainConfig
 from miaotui.training.data import Split
@@ -43,6 +41,7 @@ class Results(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    steps: int
     split: Split
     domains: dict[str, DomainScores]
     auroc: dict[str, float]
@@ -68,11 +67,8 @@ def question_numbers(encoded: Encoded, split: Split) -> dict[str, list[int]]:
     return numbers
 
 
-def plain_logits(folder: Path) -> Logits:
-    """An exported model, loaded as any transformers user would, float32, on the CPU."""
-    model = AutoModelForQuestionAnswering.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa"
-    ).eval()
+def plain_logits(model: BertForQuestionAnswering) -> Logits:
+    """A model of transformers as a function from ids, mask and types to start and end logits."""
 
     def run(ids: Tensor, mask: Tensor, types: Tensor) -> tuple[Tensor, Tensor]:
         out = model(input_ids=ids, attention_mask=mask, token_type_ids=types)
@@ -113,6 +109,7 @@ def measure(
             pairs + others,
             max_length=config.max_length,
             stride=config.stride,
+            threads=config.threads,
         )
         measured.own[domain] = list(zip(pairs, found[: len(pairs)], strict=True))
         measured.wrong[domain] = found[len(pairs) :]
@@ -152,9 +149,9 @@ def calibration_of(measured: Measured) -> Calibration:
 
 
 def results(
-    encoded: Encoded, measured: Measured, calibration: Calibration, split: Split
+    encoded: Encoded, measured: Measured, calibration: Calibration, split: Split, steps: int = 0
 ) -> Results:
-    """The scores of ``measured`` with a threshold found elsewhere."""
+    """The scores of ``measured`` with a threshold found elsewhere, after ``steps``."""
     domains = {}
     pooled: dict[str, tuple[list[float], list[float]]] = {}
     limit = calibration.threshold
@@ -179,6 +176,7 @@ def results(
             kept_right=round(100 * sum(s <= limit for s in right) / len(right), 1),
         )
     return Results(
+        steps=steps,
         split=split,
         domains=domains,
         auroc={n: round(auroc(w, r), 4) for n, (w, r) in pooled.items() if w},

@@ -76,7 +76,7 @@ def test_the_exported_model_is_the_trained_one(
     plain = to_plain(model)
     save_weights(plain, tmp_path)
     save_tokenizer(vocabulary.tokenizer, tmp_path)
-    save_config(plain, tmp_path, config, Calibration(1.5, 2.0))
+    save_config(plain, tmp_path, config, Calibration(1.5, 2.0), 3)
     save_licence(tmp_path)
 
     loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path, dtype=torch.float32).eval()
