@@ -223,7 +223,7 @@ class Cluster:
             self._service(
                 f"shard-{index}",
                 "services.shard",
-                {**shard, "MIAOTUI_SHARD_STAGE": str(index), **(stage_env or {}).get(index, {})},
+                {"MIAOTUI_SHARD_STAGE": str(index), **shard, **(stage_env or {}).get(index, {})},
             )
             for index in range(stages)
         ]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 
-class ModelError(Exception):
-    """Base of every error about a model; the message says what is wrong, where, what to do."""
+class ModelError(ValueError):
+    """Base of every error about a model; the message says what is wrong, where, what to do.
+
+    A `ValueError`, which services take for a wrong configuration and exit with code 2.
+    """
 
 
 class UnsupportedModelError(ModelError):
@@ -15,9 +18,9 @@ class CheckpointError(ModelError):
     """The model directory is missing, incomplete or damaged."""
 
 
-class PartitionError(ModelError, ValueError):
+class PartitionError(ModelError):
     """The stages asked for do not cut the model's layers."""
 
 
-class BatchError(ModelError, ValueError):
+class BatchError(ModelError):
     """The inputs given to a stage do not fit it (shape, lengths, ids out of range)."""

@@ -137,7 +137,12 @@ async def serve_shard(settings: ShardSettings) -> None:
     model = await asyncio.to_thread(_load, settings)
     server = RpcServer(SERVICE)
     stage = build_stage(settings, model, server)
-    _register(server, ShardServicer(stage, max_request_sequences=settings.max_request_sequences))
+    servicer = ShardServicer(
+        stage,
+        max_request_sequences=settings.max_request_sequences,
+        token_types=model.shape.type_vocab_size,
+    )
+    _register(server, servicer)
     ring: list[asyncio.Task[None]] = []
 
     async def ready() -> None:

@@ -44,9 +44,11 @@ class InvalidSequenceError(ValueError):
 
 
 def read_sequence(
-    message: pb.TokenSequence, info: pb.StageInfo, index: int
+    message: pb.TokenSequence, info: pb.StageInfo, index: int, token_types: int
 ) -> tuple[TokenIds, TokenTypes | None]:
     """A sequence's arrays, int32 and uint8 [tokens]; views of the message's bytes.
+
+    `token_types`: how many the model has; 0 where it reads none.
 
     Raises `InvalidSequenceError`.
     """
@@ -72,14 +74,22 @@ def read_sequence(
         raise InvalidSequenceError(
             f"{where}.token_type_ids: {len(types)} bytes for {len(ids)} tokens; one a token"
         )
-    return ids, np.frombuffer(types, dtype=np.uint8)
+    kinds = np.frombuffer(types, dtype=np.uint8)
+    if token_types and int(kinds.max()) >= token_types:
+        # Found here, because in a batch it would fail the other requests too.
+        raise InvalidSequenceError(
+            f"{where}.token_type_ids: types must lie from 0 to {token_types - 1}"
+        )
+    return ids, kinds
 
 
 class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
     """Transport only: everything else is the stage's and the engine's."""
 
-    def __init__(self, stage: Stage, *, max_request_sequences: int) -> None:
+    def __init__(self, stage: Stage, *, max_request_sequences: int, token_types: int) -> None:
+        """`token_types`: how many the model has; 0 where it reads none."""
         self._stage = stage
+        self._token_types = token_types
         self._max_sequences = max_request_sequences
         self._process = psutil.Process()
 
@@ -118,7 +128,7 @@ class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
             )
         try:
             sequences = [
-                read_sequence(message, stage.info, index)
+                read_sequence(message, stage.info, index, self._token_types)
                 for index, message in enumerate(request.sequences)
             ]
         except InvalidSequenceError as error:

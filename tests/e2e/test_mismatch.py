@@ -104,7 +104,16 @@ async def test_wrong_configuration_ends_with_code_2(
 async def test_killed_stages_come_back_without_a_failed_request(checkpoint: Checkpoints) -> None:
     model: Path = checkpoint("bert")
     asked = questions(60, seed=11)
-    async with Cluster(model, stages=3) as cluster, http_client(cluster.url) as client:
+    patience = {"MIAOTUI_SHARD_RECONNECT_GRACE": "60"}  # a stage imports torch for some seconds
+    async with (
+        Cluster(
+            model,
+            stages=3,
+            shard_env=patience,
+            gateway_env={"MIAOTUI_GATEWAY_REQUEST_TIMEOUT": "60"},
+        ) as cluster,
+        http_client(cluster.url) as client,
+    ):
         for index in (1, 2):
             load = asyncio.create_task(gathered(lambda q: ask_http(client, q), asked, 8))
             await asyncio.sleep(0.2)

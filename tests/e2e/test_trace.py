@@ -18,21 +18,22 @@ SECRET = Question("Who hid the zanzibarquartz?", "The zanzibarquartz was hid by 
 SENT = ("zanzibarquartz", "vexlompkin", "Who hid", "was hid by")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
     with Collector() as collector:
         yield collector
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 async def cluster(
-    checkpoint: Checkpoints, collector: Collector, redis: RedisServer
+    checkpoint: Checkpoints, collector: Collector, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Cluster]:
-    model = checkpoint("bert")
-    async with Cluster(
-        model, stages=STAGES, redis_url=redis.url, otlp=collector.address
-    ) as cluster:
+    redis = RedisServer(tmp_path_factory.mktemp("redis"))
+    redis.start()
+    model, otlp = checkpoint("bert"), collector.address
+    async with Cluster(model, stages=STAGES, redis_url=redis.url, otlp=otlp) as cluster:
         yield cluster
+    redis.stop()
 
 
 def _is_whole(spans: list[Span]) -> bool:
@@ -43,7 +44,7 @@ def _is_whole(spans: list[Span]) -> bool:
 
 async def test_one_trace_of_one_request(cluster: Cluster, collector: Collector) -> None:
     async with http_client(cluster.url) as client:
-        body = await ask_http(client, SECRET)
+        body = await ask_http(client, Question(SECRET.question, f"{SECRET.context} Once."))
     collector.trace(body["trace_id"], _is_whole)
     # The services export every 200 ms: what comes later than all the others is an orphan too.
     await asyncio.sleep(0.6)
@@ -96,7 +97,9 @@ async def test_a_callers_own_trace_goes_on(cluster: Cluster, collector: Collecto
     trace_id, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
     async with http_client(cluster.url) as client:
         response = await client.post(
-            "/v1/qa", json=SECRET.body, headers={"traceparent": f"00-{trace_id}-{parent}-01"}
+            "/v1/qa",
+            json={**SECRET.body, "top_k": 2},
+            headers={"traceparent": f"00-{trace_id}-{parent}-01"},
         )
     assert response.json()["trace_id"] == trace_id
     spans = collector.trace(trace_id, _is_whole)
