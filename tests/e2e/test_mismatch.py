@@ -103,6 +103,7 @@ async def test_wrong_configuration_ends_with_code_2(
 
 async def test_killed_stages_come_back_without_a_failed_request(checkpoint: Checkpoints) -> None:
     model: Path = checkpoint("bert")
+    reference = Reference(model, max_length=384, stride=128)
     asked = questions(60, seed=11)
     patience = {"MIAOTUI_SHARD_RECONNECT_GRACE": "60"}  # a stage imports torch for some seconds
     async with (
@@ -121,7 +122,6 @@ async def test_killed_stages_come_back_without_a_failed_request(checkpoint: Chec
             cluster.shards[index].start()
             answers = await load
             for question, body in list(zip(asked, answers, strict=True))[::10]:
-                reference = Reference(model, max_length=384, stride=128)
                 expected = reference.answer(question.question, question.context)
                 expected.check(body, question.top_k)
             asked = questions(60, seed=12 + index)

@@ -95,10 +95,8 @@ async def test_a_caller_that_goes_away_frees_the_work_at_every_stage(
     await cluster.idle()
     after = [(await cluster.describe(stage)).sequences_total for stage in range(3)]
     computed = [new - old for new, old in zip(after, before, strict=True)]
-    # Only what was in the pipeline already; of that, the last stage computes at most the batch
-    # that it had begun.
-    assert computed[2] <= computed[1] <= computed[0] < WINDOWS, computed
-    assert computed[2] <= 2, computed
+    # Only what was in the pipeline already: stages + 1 batches, each of two windows at most.
+    assert computed[2] <= computed[1] <= computed[0] <= 8, computed
     assert (await ask_http(client, SHORT))["answers"]
 
 
