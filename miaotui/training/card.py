@@ -136,12 +136,12 @@ of the article's title (passage's text for reddit), so no article is in two spli
 
 ## Training
 
-Seed {config.seed}, {found.steps} steps of {config.batch} questions, AdamW, rate {config.rate:g} for
-the top layer and {config.layer_decay:g} times that for each layer below, {config.rate_words:g} for
-the base's embeddings, {config.rate_new:g} for the new rows; warm-up {config.warmup} steps, constant to
-step {config.decay_from}, then falling linearly, to be zero at step {config.steps}. Weights shipped:
-running average (decay {config.average:g}). Loss: cross entropy of start and end against the votes
-of all annotators.
+Seed {config.seed}, {found.steps} steps of {config.batch} questions, AdamW. Rates: {config.rate:g}
+for the top layer and {config.layer_decay:g} times that for each layer below,
+{config.rate_words:g} for the base's embeddings, {config.rate_new:g} for the new rows; warm-up
+{config.warmup} steps, constant to step {config.decay_from}, then falling linearly, to be zero at
+step {config.steps}. Weights shipped: running average (decay {config.average:g}). Loss: cross
+entropy of start and end against the votes of all annotators.
 Windows: crops of {config.crop_low} to {config.crop_first} passage tokens at first, rising, up to
 {config.crop_late} from step {config.late_from} on. {config.unanswerable:.0%}, later
 {config.unanswerable_late:.0%} of the questions are paired with a passage, or a part of their own,
