@@ -12,8 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -65,10 +64,12 @@ class ServiceProcess:
         self.env = dict(env)
         self.log_file = log
         self._process: subprocess.Popen[bytes] | None = None
+        self._asked_to_stop = False
 
     def start(self) -> None:
         """Starts it; again, with a further log in the same file, where it has ended."""
         assert not self.alive, f"{self.name} runs already"
+        self._asked_to_stop = False
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", str(CHILD), str(os.getpid()), *self.argv],
@@ -120,14 +121,19 @@ class ServiceProcess:
         """Waits for its end and returns the exit code."""
         return self.process.wait(timeout)
 
+    def ask_to_stop(self) -> None:
+        """SIGTERM, without waiting for the end."""
+        if self.alive and not self._asked_to_stop:
+            self._asked_to_stop = True
+            self.process.terminate()
+            self.process.send_signal(signal.SIGCONT)  # a stopped one would not hear it
+
     def stop(self) -> int:
         """SIGTERM; kills it and fails where it does not stop in time."""
         if self._process is None:
             return 0
         try:
-            if self.alive:
-                self.process.terminate()
-                self.process.send_signal(signal.SIGCONT)  # a stopped one would not hear it
+            self.ask_to_stop()
             return self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self.kill()
@@ -278,6 +284,10 @@ class Cluster:
         """Stops all, the gateway first; fails where one does not stop by itself."""
         failures = []
         for process in reversed(self.processes):
+            if process is not self.gateway:
+                # Together, because a process that holds torch takes a while to end.
+                for other in self.processes:
+                    other.ask_to_stop()
             try:
                 process.stop()
             except AssertionError as error:
@@ -368,17 +378,6 @@ def _exporting_to(otlp: str) -> dict[str, str]:
         "OTEL_METRICS_EXPORTER": "none",
         "OTEL_BSP_SCHEDULE_DELAY": "200",
     }
-
-
-@contextmanager
-def no_process_left(mark: str) -> Iterator[None]:
-    """Fails where, at the end, a process lives whose command line or environment holds `mark`."""
-    yield
-    deadline = time.monotonic() + 5
-    while left := processes_with(mark):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"left behind: {[(p.pid, p.cmdline()) for p in left]}")
-        time.sleep(0.05)
 
 
 def processes_with(mark: str) -> list[psutil.Process]:

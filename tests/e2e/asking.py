@@ -32,8 +32,11 @@ class Question:
         return {"question": self.question, "context": self.context, "top_k": self.top_k}
 
 
-def questions(count: int, seed: int = 0) -> list[Question]:
-    """Different questions over passages of one clause to many windows, in mixed scripts."""
+def questions(count: int, seed: int = 0, *, long_every: int = 7) -> list[Question]:
+    """Different questions over passages of one clause to many windows, in mixed scripts.
+
+    Mostly short ones, as in life; one of `long_every` takes several windows.
+    """
     chance = random.Random(seed)
     sentences = [
         piece + mark
@@ -44,8 +47,8 @@ def questions(count: int, seed: int = 0) -> list[Question]:
     ]
     made = []
     for index in range(count):
-        # Mostly short ones, as in life; now and then one that takes several windows.
-        pieces = chance.choice((1, 2, 3, 5, 8, 8, 13, 40 if index % 7 == 0 else 4))
+        long = index % long_every == 3
+        pieces = chance.randint(25, 40) if long else chance.choice((1, 1, 2, 3, 5, 8))
         context = "".join(chance.choice(sentences) for _ in range(pieces)).strip()
         question = chance.choice(EXAMPLES)[0]
         made.append(Question(question, f"{context} ({index})", chance.choice((1, 1, 1, 3, 10))))

@@ -32,9 +32,7 @@ class Case:
 
 CASES = {
     "layers that overlap": Case({"MIAOTUI_SHARD_LAYERS": "0-1,1-4"}, "must follow one another"),
-    "layers with a gap": Case({"MIAOTUI_SHARD_LAYERS": "0-3,3-4"}, "must follow one another"),
     "another dtype": Case({"MIAOTUI_SHARD_DTYPE": "bfloat16"}, "dtype"),
-    "another wire dtype": Case({"MIAOTUI_SHARD_WIRE_DTYPE": "float16"}, "wire dtype"),
     "another model": Case({"MIAOTUI_SHARD_MODEL": "OTHER"}, "another model"),
 }
 
@@ -81,12 +79,11 @@ async def test_stages_in_another_order_refuse(checkpoint: Checkpoints) -> None:
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"MIAOTUI_SHARD_LAYERS": "0-2,2-9"}, "0-2,2-9|2-9|layer"),
         ({"MIAOTUI_SHARD_STAGE": "5"}, "stage 5"),
         ({"MIAOTUI_SHARD_MODEL": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"MIAOTUI_SHARD_DTYPE": "float8"}, "DTYPE|dtype"),
     ],
-    ids=["layers beyond the model", "no such stage", "no such directory", "no such dtype"],
+    ids=["no such stage", "no such directory", "no such dtype"],
 )
 async def test_wrong_configuration_ends_with_code_2(
     environment: Mapping[str, str], reason: str, checkpoint: Checkpoints
@@ -115,23 +112,20 @@ async def test_killed_stages_come_back_without_a_failed_request(checkpoint: Chec
         ) as cluster,
         http_client(cluster.url) as client,
     ):
-        for index in (1, 2):
-            load = asyncio.create_task(gathered(lambda q: ask_http(client, q), asked, 8))
-            await asyncio.sleep(0.2)
-            cluster.shards[index].kill()
-            cluster.shards[index].start()
-            answers = await load
-            for question, body in list(zip(asked, answers, strict=True))[::10]:
-                expected = reference.answer(question.question, question.context)
-                expected.check(body, question.top_k)
-            asked = questions(60, seed=12 + index)
+        load = asyncio.create_task(gathered(lambda q: ask_http(client, q), asked, 8))
+        await asyncio.sleep(0.2)
+        cluster.shards[1].kill()
+        cluster.shards[1].start()
+        for question, body in list(zip(asked, await load, strict=True))[::5]:
+            expected = reference.answer(question.question, question.context)
+            expected.check(body, question.top_k)
 
         # Stage 0 holds the queue: what it held is lost with it, but the ring heals.
         cluster.shards[0].signal(signal.SIGKILL)
         cluster.shards[0].wait()
         cluster.shards[0].start()
         await cluster.ready()
-        await gathered(lambda q: ask_http(client, q), asked, 8)
+        await gathered(lambda q: ask_http(client, q), questions(20, seed=12), 8)
         await cluster.idle()
         for target in cluster.stage_targets:
             assert await cluster.health(target) == SERVING

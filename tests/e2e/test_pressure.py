@@ -20,6 +20,7 @@ from tests.e2e.conftest import Checkpoints
 from tests.processes import Cluster
 
 QUEUE = 40
+AT_ONCE = 100
 # More windows than fit into the pipeline at once, fewer than the queue takes.
 WINDOWS = 25
 LONG = Question("How long?", " ".join(passage for _, passage in EXAMPLES) * 20)
@@ -33,7 +34,10 @@ async def cluster(checkpoint: Checkpoints) -> AsyncIterator[Cluster]:
         checkpoint("bert"),
         stages=3,
         shard_env=queue,
-        gateway_env={"MIAOTUI_GATEWAY_REQUEST_TIMEOUT": "30"},
+        gateway_env={
+            "MIAOTUI_GATEWAY_REQUEST_TIMEOUT": "30",
+            "MIAOTUI_GATEWAY_MAX_CONCURRENT_REQUESTS": str(AT_ONCE),
+        },
     ) as cluster:
         yield cluster
 
@@ -160,23 +164,25 @@ async def test_a_deadline_frees_the_work(cluster: Cluster, client: httpx.AsyncCl
     assert (await ask_http(client, SHORT))["answers"]
 
 
-async def test_more_requests_than_the_gateway_takes(checkpoint: Checkpoints) -> None:
-    limit = {"MIAOTUI_GATEWAY_MAX_CONCURRENT_REQUESTS": "4"}
-    async with (
-        Cluster(checkpoint("bert"), stages=1, gateway_env=limit) as cluster,
-        http_client(cluster.url) as client,
-    ):
-        cluster.shards[0].signal(signal.SIGSTOP)
-        try:
-            calls = [
-                asyncio.ensure_future(
-                    client.post("/v1/qa", json={**SHORT.body, "context": f"It is short. ({n})"})
-                )
-                for n in range(12)
-            ]
-            done, waiting = await asyncio.wait(calls, timeout=3)
-        finally:
-            cluster.shards[0].signal(signal.SIGCONT)
-        assert {call.result().status_code for call in done} == {503}
-        assert len(waiting) == 4
-        assert {response.status_code for response in await asyncio.gather(*waiting)} == {200}
+async def test_more_requests_than_the_gateway_takes(
+    cluster: Cluster, client: httpx.AsyncClient
+) -> None:
+    cluster.tokenizer.signal(signal.SIGSTOP)
+    try:
+        calls = [
+            asyncio.ensure_future(
+                client.post("/v1/qa", json={**SHORT.body, "context": f"It is too much. ({n})"})
+            )
+            for n in range(AT_ONCE + 10)
+        ]
+        done, waiting = await asyncio.wait(calls, timeout=3)
+    finally:
+        cluster.tokenizer.signal(signal.SIGCONT)
+    assert {call.result().status_code for call in done} == {503}
+    assert len(waiting) == AT_ONCE
+    # Now they meet the queue, which takes fewer.
+    statuses = [response.status_code for response in await asyncio.gather(*waiting)]
+    assert set(statuses) <= {200, 503}
+    assert statuses.count(200) >= QUEUE
+    await cluster.idle()
+    assert (await ask_http(client, SHORT))["answers"]

@@ -94,39 +94,3 @@ async def _failures(client: httpx.AsyncClient) -> float:
     lines = (await client.get("/metrics")).text.splitlines()
     name = "miaotui_gateway_cache_failures_total"
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
-
-
-async def test_redis_that_hangs(checkpoint: Checkpoints, redis: RedisServer) -> None:
-    import signal
-
-    known = Question("Who waits?", "Nobody waits for a Redis that hangs.")
-    async with (
-        Cluster(checkpoint("bert"), stages=1, redis_url=redis.url) as cluster,
-        http_client(cluster.url) as client,
-    ):
-        await ask_http(client, known)
-        assert await _cache_of(client, known) == "hit"
-        redis.signal(signal.SIGSTOP)
-        load = Load(client)
-        began = time.monotonic()
-        body = await ask_http(client, known)
-        waited = time.monotonic() - began
-        assert await load.run(1.0) > CLIENTS
-        redis.signal(signal.SIGCONT)
-        deadline = time.monotonic() + 20
-        while await _cache_of(client, known) != "hit":
-            assert time.monotonic() < deadline, "the cache did not come back"
-            await load.run(0.1)
-        await load.finish()
-    assert body["cache"] == "miss"
-    assert waited < 2.0
-
-
-async def test_redis_that_was_never_there(checkpoint: Checkpoints) -> None:
-    known = Question("Is there a Redis?", "There is no Redis at this address at all.")
-    async with (
-        Cluster(checkpoint("bert"), stages=1, redis_url="redis://127.0.0.1:1/0") as cluster,
-        http_client(cluster.url) as client,
-    ):
-        for _ in range(3):
-            assert await _cache_of(client, known) == "miss"
