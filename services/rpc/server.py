@@ -10,10 +10,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
 from prometheus_client import start_http_server
 
 from services.rpc.channel import COMMON_OPTIONS, Options
+from services.rpc.tracing import TracingInterceptor
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +23,6 @@ SERVER_OPTIONS: Options = [
     # Two processes on one port would each get half of the requests, silently.
     ("grpc.so_reuseport", 0),
 ]
-# Each of these would be one span for as long as the process lives, or noise.
-_UNTRACED = filters.negate(
-    filters.any_of(
-        filters.method_name("Forward"),
-        filters.service_prefix("grpc.health"),
-        filters.service_prefix("grpc.reflection"),
-    )
-)
 
 
 class AddressInUseError(OSError):
@@ -47,7 +39,7 @@ class RpcServer:
         """`service_name`: full protobuf name, such as "miaotui.v1.ShardService"."""
         self.service_name = service_name
         self.aio = aio.server(
-            interceptors=[aio_server_interceptor(filter_=_UNTRACED)],
+            interceptors=[TracingInterceptor(service_name)],
             options=SERVER_OPTIONS,
         )
         self._health = health.aio.HealthServicer()

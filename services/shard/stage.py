@@ -275,8 +275,8 @@ class Stage:
                 self.link.cancel(list(frame.message.cancel.request_ids))
         elif kind == "results" and self.head is not None:
             batch = frame_to_batch(frame, width=2)
-            await answers.credit(batch.batch_id)
             self.head.complete(batch)
+            await answers.credit(batch.batch_id)
         elif kind == "batch" and not self.is_head:
             batch = frame_to_batch(frame, width=self.info.hidden_size)
             try:
@@ -302,9 +302,10 @@ class Stage:
             while True:
                 batch = await inbox.get()
                 await room.acquire()
-                await answers.credit(batch.batch_id)
+                # First the work, then the credit: the one is waited for, the other is not.
                 task = group.create_task(self._pass_on(batch))
                 task.add_done_callback(lambda _: room.release())
+                await answers.credit(batch.batch_id)
 
     async def _pass_on(self, batch: Batch) -> None:
         await self.runner.compute(batch, self.cancelled)

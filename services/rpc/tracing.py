@@ -1,0 +1,105 @@
+"""Server spans of gRPC methods, within the caller's trace.
+
+OpenTelemetry's own interceptor does the same for about 0.3 ms a call, a tenth of what a whole
+request may cost here (measured with `python -m tests.bench`), so this one is small and caches
+what it can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import grpc
+from grpc import aio
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+
+from miaotui.telemetry import extract_context
+
+_tracer = trace.get_tracer("miaotui.rpc")
+_HEADERS = ("traceparent", "tracestate")
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class TracingInterceptor(aio.ServerInterceptor):
+    """Wraps the unary-request methods of `service`; everything else is left as it is."""
+
+    def __init__(self, service: str) -> None:
+        self._prefix = f"/{service}/"
+        self._wrapped: dict[str, Handler] = {}
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
+    ) -> Any:
+        """Returns the method's handler inside a span."""
+        method = handler_call_details.method
+        if (known := self._wrapped.get(method)) is not None:
+            return known
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming or not method.startswith(self._prefix):
+            return handler
+        wrapped = self._wrapped[method] = _wrap(method.lstrip("/"), handler)
+        return wrapped
+
+
+def _wrap(name: str, handler: Handler) -> Handler:
+    codec: dict[str, Any] = {
+        "request_deserializer": handler.request_deserializer,
+        "response_serializer": handler.response_serializer,
+    }
+    if handler.response_streaming:
+        stream: Any = handler.unary_stream
+
+        async def streamed(request: Any, context: Any) -> AsyncIterator[Any]:
+            with _server_span(name, context):
+                async for response in stream(request, context):
+                    yield response
+
+        return grpc.unary_stream_rpc_method_handler(streamed, **codec)
+    unary: Any = handler.unary_unary
+
+    async def called(request: Any, context: Any) -> Any:
+        with _server_span(name, context):
+            return await unary(request, context)
+
+    return grpc.unary_unary_rpc_method_handler(called, **codec)
+
+
+@contextmanager
+def _server_span(name: str, context: Any) -> Iterator[Span]:
+    carrier = {key: value for key, value in context.invocation_metadata() if key in _HEADERS}
+    service, _, method = name.partition("/")
+    token = otel_context.attach(extract_context(carrier))
+    try:
+        with _tracer.start_as_current_span(
+            name,
+            kind=SpanKind.SERVER,
+            attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": method},
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
+            try:
+                yield span
+            except BaseException:
+                code = _code(context)
+                span.set_attribute("rpc.grpc.status_code", code.value[0])
+                span.set_status(Status(StatusCode.ERROR, code.name))
+                raise
+            span.set_attribute("rpc.grpc.status_code", 0)
+    finally:
+        otel_context.detach(token)
+
+
+def _code(context: Any) -> grpc.StatusCode:
+    """The status that a failed call ends with; an int or None inside of grpc.aio."""
+    code = context.code()
+    if isinstance(code, grpc.StatusCode):
+        return code
+    known = {status.value[0]: status for status in grpc.StatusCode}
+    if code:
+        return known.get(code, grpc.StatusCode.UNKNOWN)
+    return grpc.StatusCode.CANCELLED if context.cancelled() else grpc.StatusCode.UNKNOWN
