@@ -229,7 +229,7 @@ class Pipeline:
         )
         started = time.perf_counter()
         logits = await self._rpc(
-            job, "stage 0", "miaotui.v1.ShardService/Infer", self._upstream.shard.Infer, infer
+            job, "stage 0", "miaotui.v1.ShardService/Infer", self._upstream.infer, infer
         )
         _add_stages(clock, logits, time.perf_counter() - started)
         return await clock.timed("read", self._read(windows, passage, logits, job.request))
@@ -261,7 +261,7 @@ class Pipeline:
         self, job: _Job, encode: tokenizer_pb.EncodeRequest
     ) -> tokenizer_pb.EncodeResponse:
         name = "miaotui.v1.TokenizerService/Encode"
-        return await self._rpc(job, "tokenizer", name, self._upstream.tokenizer.Encode, encode)
+        return await self._rpc(job, "tokenizer", name, self._upstream.encode, encode)
 
     async def _rpc(
         self,

@@ -18,6 +18,7 @@ from gateway.settings import GatewaySettings
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import shard_pb2_grpc, tokenizer_pb2_grpc
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
+from services.rpc.calls import CallStream
 from services.rpc.channel import open_channel
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,17 @@ class Upstream:
         tokenizer, shard = self._channels.values()
         self.tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(tokenizer)
         self.shard = shard_pb2_grpc.ShardServiceStub(shard)
+        # Every request passes these two; a stream halves a call's latency.
+        self.encode: CallStream[tokenizer_pb.EncodeRequest, tokenizer_pb.EncodeResponse]
+        self.encode = CallStream(
+            self.tokenizer.EncodeStream,
+            lambda call, request: tokenizer_pb.EncodeStreamRequest(call=call, request=request),
+        )
+        self.infer: CallStream[shard_pb.InferRequest, shard_pb.InferResponse]
+        self.infer = CallStream(
+            self.shard.InferStream,
+            lambda call, request: shard_pb.InferStreamRequest(call=call, request=request),
+        )
         self._health = {
             name: health_pb2_grpc.HealthStub(channel) for name, channel in self._channels.items()
         }
@@ -188,6 +200,8 @@ class Upstream:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.encode.close()
+        self.infer.close()
         for channel in self._channels.values():
             await channel.close()
 

@@ -22,58 +22,63 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from miaotui.v1 import calls_pb2 as miaotui_dot_v1_dot_calls__pb2
 from miaotui.v1 import tensor_pb2 as miaotui_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16miaotui/v1/shard.proto\x12\nmiaotui.v1\x1a\x17miaotui/v1/tensor.proto\"\xb5\x03\n\tStageInfo\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0e\n\x06stages\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x11\n\tend_layer\x18\x05 \x01(\r\x12\x14\n\x0cmodel_layers\x18\x06 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\x12\x12\n\nmodel_name\x18\x08 \x01(\t\x12\x12\n\nmodel_type\x18\t \x01(\t\x12(\n\rcompute_dtype\x18\n \x01(\x0e\x32\x11.miaotui.v1.Dtype\x12%\n\nwire_dtype\x18\x0b \x01(\x0e\x32\x11.miaotui.v1.Dtype\x12\x13\n\x0bhidden_size\x18\x0c \x01(\r\x12\x1b\n\x13max_sequence_length\x18\r \x01(\r\x12\x12\n\nvocab_size\x18\x0e \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x12\x17\n\x0fparameter_bytes\x18\x10 \x01(\x04\x12\x1d\n\x15model_parameter_bytes\x18\x11 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x12 \x01(\t\"\x1d\n\x1bShardServiceDescribeRequest\"\xa2\x02\n\x1cShardServiceDescribeResponse\x12$\n\x05stage\x18\x01 \x01(\x0b\x32\x15.miaotui.v1.StageInfo\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.miaotui.v1.StageStatus\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\'\n\x08pipeline\x18\x04 \x03(\x0b\x32\x15.miaotui.v1.StageInfo\x12\x18\n\x10queued_sequences\x18\x05 \x01(\r\x12\x19\n\x11running_sequences\x18\x06 \x01(\r\x12\x17\n\x0fsequences_total\x18\x07 \x01(\x04\x12\x14\n\x0ctokens_total\x18\x08 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\t \x01(\x04\":\n\rTokenSequence\x12\x11\n\tinput_ids\x18\x01 \x01(\x0c\x12\x16\n\x0etoken_type_ids\x18\x02 \x01(\x0c\"P\n\x0cInferRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\tsequences\x18\x02 \x03(\x0b\x32\x19.miaotui.v1.TokenSequence\"(\n\nSpanLogits\x12\r\n\x05start\x18\x01 \x01(\x0c\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x0c\"y\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x14\n\x0cqueue_micros\x18\x02 \x01(\x04\x12\x16\n\x0e\x63ompute_micros\x18\x03 \x01(\x04\x12\x17\n\x0f\x62\x61tch_sequences\x18\x04 \x01(\r\x12\x14\n\x0c\x62\x61tch_tokens\x18\x05 \x01(\r\"a\n\rInferResponse\x12&\n\x06logits\x18\x01 \x03(\x0b\x32\x16.miaotui.v1.SpanLogits\x12(\n\x07timings\x18\x02 \x03(\x0b\x32\x17.miaotui.v1.StageTiming\"\xe2\x01\n\x0e\x46orwardRequest\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.miaotui.v1.HelloH\x00\x12\"\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x11.miaotui.v1.BatchH\x00\x12 \n\x04part\x18\x03 \x01(\x0b\x32\x10.miaotui.v1.PartH\x00\x12$\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x12.miaotui.v1.CancelH\x00\x12&\n\x07results\x18\x05 \x01(\x0b\x32\x13.miaotui.v1.ResultsH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05\x66rame\"-\n\x05Hello\x12$\n\x05\x63hain\x18\x01 \x03(\x0b\x32\x15.miaotui.v1.StageInfo\"\x85\x01\n\x0cSequenceMeta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\x16\n\x0etimeout_micros\x18\x04 \x01(\x04\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x12\n\ntracestate\x18\x06 \x01(\t\"V\n\x0f\x44roppedSequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x0c\n\x04\x63ode\x18\x03 \x01(\r\x12\x0f\n\x07message\x18\x04 \x01(\t\"\xf2\x01\n\x05\x42\x61tch\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12(\n\x06hidden\x18\x02 \x01(\x0b\x32\x18.miaotui.v1.TensorHeader\x12+\n\tsequences\x18\x03 \x03(\x0b\x32\x18.miaotui.v1.SequenceMeta\x12,\n\x07\x64ropped\x18\x04 \x03(\x0b\x32\x1b.miaotui.v1.DroppedSequence\x12(\n\x07timings\x18\x05 \x03(\x0b\x32\x17.miaotui.v1.StageTiming\x12\x11\n\tin_flight\x18\x06 \x01(\r\x12\x15\n\rpayload_bytes\x18\x07 \x01(\x04\"(\n\x04Part\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x1d\n\x06\x43\x61ncel\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"\xe1\x01\n\x07Results\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12(\n\x06logits\x18\x02 \x01(\x0b\x32\x18.miaotui.v1.TensorHeader\x12+\n\tsequences\x18\x03 \x03(\x0b\x32\x18.miaotui.v1.SequenceMeta\x12,\n\x07\x64ropped\x18\x04 \x03(\x0b\x32\x1b.miaotui.v1.DroppedSequence\x12(\n\x07timings\x18\x05 \x03(\x0b\x32\x17.miaotui.v1.StageTiming\x12\x15\n\rpayload_bytes\x18\x06 \x01(\x04\"\x8e\x01\n\x0f\x46orwardResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.miaotui.v1.WelcomeH\x00\x12$\n\x06\x63redit\x18\x02 \x01(\x0b\x32\x12.miaotui.v1.CreditH\x00\x12$\n\x06reject\x18\x03 \x01(\x0b\x32\x12.miaotui.v1.RejectH\x00\x42\x07\n\x05\x66rame\"\x19\n\x07Welcome\x12\x0e\n\x06window\x18\x01 \x01(\r\"\x1a\n\x06\x43redit\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\"9\n\x06Reject\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t*\x97\x01\n\x0bStageStatus\x12\x1c\n\x18STAGE_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14STAGE_STATUS_WAITING\x10\x01\x12\x18\n\x14STAGE_STATUS_SERVING\x10\x02\x12\x1b\n\x17STAGE_STATUS_MISMATCHED\x10\x03\x12\x19\n\x15STAGE_STATUS_DRAINING\x10\x04\x32\xf3\x01\n\x0cShardService\x12]\n\x08\x44\x65scribe\x12\'.miaotui.v1.ShardServiceDescribeRequest\x1a(.miaotui.v1.ShardServiceDescribeResponse\x12<\n\x05Infer\x12\x18.miaotui.v1.InferRequest\x1a\x19.miaotui.v1.InferResponse\x12\x46\n\x07\x46orward\x12\x1a.miaotui.v1.ForwardRequest\x1a\x1b.miaotui.v1.ForwardResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16miaotui/v1/shard.proto\x12\nmiaotui.v1\x1a\x16miaotui/v1/calls.proto\x1a\x17miaotui/v1/tensor.proto\"\xb5\x03\n\tStageInfo\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0e\n\x06stages\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x11\n\tend_layer\x18\x05 \x01(\r\x12\x14\n\x0cmodel_layers\x18\x06 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\x12\x12\n\nmodel_name\x18\x08 \x01(\t\x12\x12\n\nmodel_type\x18\t \x01(\t\x12(\n\rcompute_dtype\x18\n \x01(\x0e\x32\x11.miaotui.v1.Dtype\x12%\n\nwire_dtype\x18\x0b \x01(\x0e\x32\x11.miaotui.v1.Dtype\x12\x13\n\x0bhidden_size\x18\x0c \x01(\r\x12\x1b\n\x13max_sequence_length\x18\r \x01(\r\x12\x12\n\nvocab_size\x18\x0e \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x12\x17\n\x0fparameter_bytes\x18\x10 \x01(\x04\x12\x1d\n\x15model_parameter_bytes\x18\x11 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x12 \x01(\t\"\x1d\n\x1bShardServiceDescribeRequest\"\xa2\x02\n\x1cShardServiceDescribeResponse\x12$\n\x05stage\x18\x01 \x01(\x0b\x32\x15.miaotui.v1.StageInfo\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.miaotui.v1.StageStatus\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\'\n\x08pipeline\x18\x04 \x03(\x0b\x32\x15.miaotui.v1.StageInfo\x12\x18\n\x10queued_sequences\x18\x05 \x01(\r\x12\x19\n\x11running_sequences\x18\x06 \x01(\r\x12\x17\n\x0fsequences_total\x18\x07 \x01(\x04\x12\x14\n\x0ctokens_total\x18\x08 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\t \x01(\x04\":\n\rTokenSequence\x12\x11\n\tinput_ids\x18\x01 \x01(\x0c\x12\x16\n\x0etoken_type_ids\x18\x02 \x01(\x0c\"P\n\x0cInferRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\tsequences\x18\x02 \x03(\x0b\x32\x19.miaotui.v1.TokenSequence\"(\n\nSpanLogits\x12\r\n\x05start\x18\x01 \x01(\x0c\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x0c\"y\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x14\n\x0cqueue_micros\x18\x02 \x01(\x04\x12\x16\n\x0e\x63ompute_micros\x18\x03 \x01(\x04\x12\x17\n\x0f\x62\x61tch_sequences\x18\x04 \x01(\r\x12\x14\n\x0c\x62\x61tch_tokens\x18\x05 \x01(\r\"a\n\rInferResponse\x12&\n\x06logits\x18\x01 \x03(\x0b\x32\x16.miaotui.v1.SpanLogits\x12(\n\x07timings\x18\x02 \x03(\x0b\x32\x17.miaotui.v1.StageTiming\"e\n\x12InferStreamRequest\x12$\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x16.miaotui.v1.CallHeader\x12)\n\x07request\x18\x02 \x01(\x0b\x32\x18.miaotui.v1.InferRequest\"h\n\x13InferStreamResponse\x12$\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x16.miaotui.v1.CallStatus\x12+\n\x08response\x18\x02 \x01(\x0b\x32\x19.miaotui.v1.InferResponse\"\xe2\x01\n\x0e\x46orwardRequest\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.miaotui.v1.HelloH\x00\x12\"\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x11.miaotui.v1.BatchH\x00\x12 \n\x04part\x18\x03 \x01(\x0b\x32\x10.miaotui.v1.PartH\x00\x12$\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x12.miaotui.v1.CancelH\x00\x12&\n\x07results\x18\x05 \x01(\x0b\x32\x13.miaotui.v1.ResultsH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05\x66rame\"-\n\x05Hello\x12$\n\x05\x63hain\x18\x01 \x03(\x0b\x32\x15.miaotui.v1.StageInfo\"\x85\x01\n\x0cSequenceMeta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\x16\n\x0etimeout_micros\x18\x04 \x01(\x04\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x12\n\ntracestate\x18\x06 \x01(\t\"V\n\x0f\x44roppedSequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\r\x12\x0c\n\x04\x63ode\x18\x03 \x01(\r\x12\x0f\n\x07message\x18\x04 \x01(\t\"\xf2\x01\n\x05\x42\x61tch\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12(\n\x06hidden\x18\x02 \x01(\x0b\x32\x18.miaotui.v1.TensorHeader\x12+\n\tsequences\x18\x03 \x03(\x0b\x32\x18.miaotui.v1.SequenceMeta\x12,\n\x07\x64ropped\x18\x04 \x03(\x0b\x32\x1b.miaotui.v1.DroppedSequence\x12(\n\x07timings\x18\x05 \x03(\x0b\x32\x17.miaotui.v1.StageTiming\x12\x11\n\tin_flight\x18\x06 \x01(\r\x12\x15\n\rpayload_bytes\x18\x07 \x01(\x04\"(\n\x04Part\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x1d\n\x06\x43\x61ncel\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"\xe1\x01\n\x07Results\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12(\n\x06logits\x18\x02 \x01(\x0b\x32\x18.miaotui.v1.TensorHeader\x12+\n\tsequences\x18\x03 \x03(\x0b\x32\x18.miaotui.v1.SequenceMeta\x12,\n\x07\x64ropped\x18\x04 \x03(\x0b\x32\x1b.miaotui.v1.DroppedSequence\x12(\n\x07timings\x18\x05 \x03(\x0b\x32\x17.miaotui.v1.StageTiming\x12\x15\n\rpayload_bytes\x18\x06 \x01(\x04\"\x8e\x01\n\x0f\x46orwardResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.miaotui.v1.WelcomeH\x00\x12$\n\x06\x63redit\x18\x02 \x01(\x0b\x32\x12.miaotui.v1.CreditH\x00\x12$\n\x06reject\x18\x03 \x01(\x0b\x32\x12.miaotui.v1.RejectH\x00\x42\x07\n\x05\x66rame\"\x19\n\x07Welcome\x12\x0e\n\x06window\x18\x01 \x01(\r\"\x1a\n\x06\x43redit\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\"9\n\x06Reject\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t*\x97\x01\n\x0bStageStatus\x12\x1c\n\x18STAGE_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14STAGE_STATUS_WAITING\x10\x01\x12\x18\n\x14STAGE_STATUS_SERVING\x10\x02\x12\x1b\n\x17STAGE_STATUS_MISMATCHED\x10\x03\x12\x19\n\x15STAGE_STATUS_DRAINING\x10\x04\x32\xc7\x02\n\x0cShardService\x12]\n\x08\x44\x65scribe\x12\'.miaotui.v1.ShardServiceDescribeRequest\x1a(.miaotui.v1.ShardServiceDescribeResponse\x12<\n\x05Infer\x12\x18.miaotui.v1.InferRequest\x1a\x19.miaotui.v1.InferResponse\x12R\n\x0bInferStream\x12\x1e.miaotui.v1.InferStreamRequest\x1a\x1f.miaotui.v1.InferStreamResponse(\x01\x30\x01\x12\x46\n\x07\x46orward\x12\x1a.miaotui.v1.ForwardRequest\x1a\x1b.miaotui.v1.ForwardResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'miaotui.v1.shard_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STAGESTATUS']._serialized_start=2539
-  _globals['_STAGESTATUS']._serialized_end=2690
-  _globals['_STAGEINFO']._serialized_start=64
-  _globals['_STAGEINFO']._serialized_end=501
-  _globals['_SHARDSERVICEDESCRIBEREQUEST']._serialized_start=503
-  _globals['_SHARDSERVICEDESCRIBEREQUEST']._serialized_end=532
-  _globals['_SHARDSERVICEDESCRIBERESPONSE']._serialized_start=535
-  _globals['_SHARDSERVICEDESCRIBERESPONSE']._serialized_end=825
-  _globals['_TOKENSEQUENCE']._serialized_start=827
-  _globals['_TOKENSEQUENCE']._serialized_end=885
-  _globals['_INFERREQUEST']._serialized_start=887
-  _globals['_INFERREQUEST']._serialized_end=967
-  _globals['_SPANLOGITS']._serialized_start=969
-  _globals['_SPANLOGITS']._serialized_end=1009
-  _globals['_STAGETIMING']._serialized_start=1011
-  _globals['_STAGETIMING']._serialized_end=1132
-  _globals['_INFERRESPONSE']._serialized_start=1134
-  _globals['_INFERRESPONSE']._serialized_end=1231
-  _globals['_FORWARDREQUEST']._serialized_start=1234
-  _globals['_FORWARDREQUEST']._serialized_end=1460
-  _globals['_HELLO']._serialized_start=1462
-  _globals['_HELLO']._serialized_end=1507
-  _globals['_SEQUENCEMETA']._serialized_start=1510
-  _globals['_SEQUENCEMETA']._serialized_end=1643
-  _globals['_DROPPEDSEQUENCE']._serialized_start=1645
-  _globals['_DROPPEDSEQUENCE']._serialized_end=1731
-  _globals['_BATCH']._serialized_start=1734
-  _globals['_BATCH']._serialized_end=1976
-  _globals['_PART']._serialized_start=1978
-  _globals['_PART']._serialized_end=2018
-  _globals['_CANCEL']._serialized_start=2020
-  _globals['_CANCEL']._serialized_end=2049
-  _globals['_RESULTS']._serialized_start=2052
-  _globals['_RESULTS']._serialized_end=2277
-  _globals['_FORWARDRESPONSE']._serialized_start=2280
-  _globals['_FORWARDRESPONSE']._serialized_end=2422
-  _globals['_WELCOME']._serialized_start=2424
-  _globals['_WELCOME']._serialized_end=2449
-  _globals['_CREDIT']._serialized_start=2451
-  _globals['_CREDIT']._serialized_end=2477
-  _globals['_REJECT']._serialized_start=2479
-  _globals['_REJECT']._serialized_end=2536
-  _globals['_SHARDSERVICE']._serialized_start=2693
-  _globals['_SHARDSERVICE']._serialized_end=2936
+  _globals['_STAGESTATUS']._serialized_start=2772
+  _globals['_STAGESTATUS']._serialized_end=2923
+  _globals['_STAGEINFO']._serialized_start=88
+  _globals['_STAGEINFO']._serialized_end=525
+  _globals['_SHARDSERVICEDESCRIBEREQUEST']._serialized_start=527
+  _globals['_SHARDSERVICEDESCRIBEREQUEST']._serialized_end=556
+  _globals['_SHARDSERVICEDESCRIBERESPONSE']._serialized_start=559
+  _globals['_SHARDSERVICEDESCRIBERESPONSE']._serialized_end=849
+  _globals['_TOKENSEQUENCE']._serialized_start=851
+  _globals['_TOKENSEQUENCE']._serialized_end=909
+  _globals['_INFERREQUEST']._serialized_start=911
+  _globals['_INFERREQUEST']._serialized_end=991
+  _globals['_SPANLOGITS']._serialized_start=993
+  _globals['_SPANLOGITS']._serialized_end=1033
+  _globals['_STAGETIMING']._serialized_start=1035
+  _globals['_STAGETIMING']._serialized_end=1156
+  _globals['_INFERRESPONSE']._serialized_start=1158
+  _globals['_INFERRESPONSE']._serialized_end=1255
+  _globals['_INFERSTREAMREQUEST']._serialized_start=1257
+  _globals['_INFERSTREAMREQUEST']._serialized_end=1358
+  _globals['_INFERSTREAMRESPONSE']._serialized_start=1360
+  _globals['_INFERSTREAMRESPONSE']._serialized_end=1464
+  _globals['_FORWARDREQUEST']._serialized_start=1467
+  _globals['_FORWARDREQUEST']._serialized_end=1693
+  _globals['_HELLO']._serialized_start=1695
+  _globals['_HELLO']._serialized_end=1740
+  _globals['_SEQUENCEMETA']._serialized_start=1743
+  _globals['_SEQUENCEMETA']._serialized_end=1876
+  _globals['_DROPPEDSEQUENCE']._serialized_start=1878
+  _globals['_DROPPEDSEQUENCE']._serialized_end=1964
+  _globals['_BATCH']._serialized_start=1967
+  _globals['_BATCH']._serialized_end=2209
+  _globals['_PART']._serialized_start=2211
+  _globals['_PART']._serialized_end=2251
+  _globals['_CANCEL']._serialized_start=2253
+  _globals['_CANCEL']._serialized_end=2282
+  _globals['_RESULTS']._serialized_start=2285
+  _globals['_RESULTS']._serialized_end=2510
+  _globals['_FORWARDRESPONSE']._serialized_start=2513
+  _globals['_FORWARDRESPONSE']._serialized_end=2655
+  _globals['_WELCOME']._serialized_start=2657
+  _globals['_WELCOME']._serialized_end=2682
+  _globals['_CREDIT']._serialized_start=2684
+  _globals['_CREDIT']._serialized_end=2710
+  _globals['_REJECT']._serialized_start=2712
+  _globals['_REJECT']._serialized_end=2769
+  _globals['_SHARDSERVICE']._serialized_start=2926
+  _globals['_SHARDSERVICE']._serialized_end=3253
 # @@protoc_insertion_point(module_scope)

@@ -45,6 +45,11 @@ class ShardServiceStub:
                 request_serializer=miaotui_dot_v1_dot_shard__pb2.InferRequest.SerializeToString,
                 response_deserializer=miaotui_dot_v1_dot_shard__pb2.InferResponse.FromString,
                 _registered_method=True)
+        self.InferStream = channel.stream_stream(
+                '/miaotui.v1.ShardService/InferStream',
+                request_serializer=miaotui_dot_v1_dot_shard__pb2.InferStreamRequest.SerializeToString,
+                response_deserializer=miaotui_dot_v1_dot_shard__pb2.InferStreamResponse.FromString,
+                _registered_method=True)
         self.Forward = channel.stream_stream(
                 '/miaotui.v1.ShardService/Forward',
                 request_serializer=miaotui_dot_v1_dot_shard__pb2.ForwardRequest.SerializeToString,
@@ -73,6 +78,13 @@ class ShardServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def InferStream(self, request_iterator, context):
+        """Infer, many times on one stream: what the gateway uses. Answers come in any order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Forward(self, request_iterator, context):
         """Stage to next stage, one long-lived stream a link. The first request must be
         a Hello, answered by a Welcome, or by FAILED_PRECONDITION with the reason why
@@ -94,6 +106,11 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.Infer,
                     request_deserializer=miaotui_dot_v1_dot_shard__pb2.InferRequest.FromString,
                     response_serializer=miaotui_dot_v1_dot_shard__pb2.InferResponse.SerializeToString,
+            ),
+            'InferStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.InferStream,
+                    request_deserializer=miaotui_dot_v1_dot_shard__pb2.InferStreamRequest.FromString,
+                    response_serializer=miaotui_dot_v1_dot_shard__pb2.InferStreamResponse.SerializeToString,
             ),
             'Forward': grpc.stream_stream_rpc_method_handler(
                     servicer.Forward,
@@ -156,6 +173,33 @@ class ShardService:
             '/miaotui.v1.ShardService/Infer',
             miaotui_dot_v1_dot_shard__pb2.InferRequest.SerializeToString,
             miaotui_dot_v1_dot_shard__pb2.InferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InferStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/miaotui.v1.ShardService/InferStream',
+            miaotui_dot_v1_dot_shard__pb2.InferStreamRequest.SerializeToString,
+            miaotui_dot_v1_dot_shard__pb2.InferStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

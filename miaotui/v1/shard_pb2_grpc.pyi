@@ -44,6 +44,8 @@ class ShardServiceStub:
     done, try again later. UNAVAILABLE: the pipeline is not complete. The call's
     deadline and cancellation hold at every stage.
     """
+    InferStream: _grpc.StreamStreamMultiCallable[_shard_pb2.InferStreamRequest, _shard_pb2.InferStreamResponse]
+    """Infer, many times on one stream: what the gateway uses. Answers come in any order."""
     Forward: _grpc.StreamStreamMultiCallable[_shard_pb2.ForwardRequest, _shard_pb2.ForwardResponse]
     """Stage to next stage, one long-lived stream a link. The first request must be
     a Hello, answered by a Welcome, or by FAILED_PRECONDITION with the reason why
@@ -63,6 +65,8 @@ class ShardServiceAsyncStub(ShardServiceStub):
     done, try again later. UNAVAILABLE: the pipeline is not complete. The call's
     deadline and cancellation hold at every stage.
     """
+    InferStream: _aio.StreamStreamMultiCallable[_shard_pb2.InferStreamRequest, _shard_pb2.InferStreamResponse]  # type: ignore[assignment]
+    """Infer, many times on one stream: what the gateway uses. Answers come in any order."""
     Forward: _aio.StreamStreamMultiCallable[_shard_pb2.ForwardRequest, _shard_pb2.ForwardResponse]  # type: ignore[assignment]
     """Stage to next stage, one long-lived stream a link. The first request must be
     a Hello, answered by a Welcome, or by FAILED_PRECONDITION with the reason why
@@ -91,6 +95,14 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
         done, try again later. UNAVAILABLE: the pipeline is not complete. The call's
         deadline and cancellation hold at every stage.
         """
+
+    @_abc_1.abstractmethod
+    def InferStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_shard_pb2.InferStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_shard_pb2.InferStreamResponse], _abc.AsyncIterator[_shard_pb2.InferStreamResponse]]:
+        """Infer, many times on one stream: what the gateway uses. Answers come in any order."""
 
     @_abc_1.abstractmethod
     def Forward(

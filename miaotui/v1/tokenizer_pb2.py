@@ -22,43 +22,48 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from miaotui.v1 import calls_pb2 as miaotui_dot_v1_dot_calls__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amiaotui/v1/tokenizer.proto\x12\nmiaotui.v1\"U\n\x0bTextOptions\x12\x30\n\rnormalization\x18\x01 \x01(\x0e\x32\x19.miaotui.v1.Normalization\x12\x14\n\x0cstrip_markup\x18\x02 \x01(\x08\"i\n\rTokenizedText\x12\x11\n\tinput_ids\x18\x01 \x01(\x0c\x12\x0e\n\x06starts\x18\x02 \x01(\x0c\x12\x0c\n\x04\x65nds\x18\x03 \x01(\x0c\x12\x12\n\ncharacters\x18\x04 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\"|\n\x06Window\x12\x11\n\tinput_ids\x18\x01 \x01(\x0c\x12\x16\n\x0etoken_type_ids\x18\x02 \x01(\x0c\x12\x18\n\x10passage_position\x18\x03 \x01(\r\x12\x15\n\rpassage_first\x18\x04 \x01(\r\x12\x16\n\x0epassage_tokens\x18\x05 \x01(\r\"!\n\x1fTokenizerServiceDescribeRequest\"\x94\x01\n TokenizerServiceDescribeResponse\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nmax_length\x18\x04 \x01(\r\x12\x0e\n\x06stride\x18\x05 \x01(\r\"\xde\x01\n\rEncodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08question\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12.\n\ttokenized\x18\x04 \x01(\x0b\x32\x19.miaotui.v1.TokenizedTextH\x00\x12(\n\x07options\x18\x05 \x01(\x0b\x32\x17.miaotui.v1.TextOptions\x12\x12\n\nmax_length\x18\x06 \x01(\r\x12\x13\n\x06stride\x18\x07 \x01(\rH\x01\x88\x01\x01\x42\t\n\x07passageB\t\n\x07_stride\"a\n\x0e\x45ncodeResponse\x12#\n\x07windows\x18\x01 \x03(\x0b\x32\x12.miaotui.v1.Window\x12*\n\x07passage\x18\x02 \x01(\x0b\x32\x19.miaotui.v1.TokenizedText\"(\n\tTokenSpan\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\r\"9\n\rCharacterSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\"t\n\x12\x44\x65\x63odeSpansRequest\x12*\n\x07passage\x18\x01 \x01(\x0b\x32\x19.miaotui.v1.TokenizedText\x12$\n\x05spans\x18\x02 \x03(\x0b\x32\x15.miaotui.v1.TokenSpan\x12\x0c\n\x04text\x18\x03 \x01(\t\"?\n\x13\x44\x65\x63odeSpansResponse\x12(\n\x05spans\x18\x01 \x03(\x0b\x32\x19.miaotui.v1.CharacterSpan\"9\n\rDecodeRequest\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x02 \x01(\x08\"\x1e\n\x0e\x44\x65\x63odeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*u\n\rNormalization\x12\x1d\n\x19NORMALIZATION_UNSPECIFIED\x10\x00\x12\x16\n\x12NORMALIZATION_NONE\x10\x01\x12\x15\n\x11NORMALIZATION_NFC\x10\x02\x12\x16\n\x12NORMALIZATION_NFKC\x10\x03\x32\xcb\x02\n\x10TokenizerService\x12\x65\n\x08\x44\x65scribe\x12+.miaotui.v1.TokenizerServiceDescribeRequest\x1a,.miaotui.v1.TokenizerServiceDescribeResponse\x12?\n\x06\x45ncode\x12\x19.miaotui.v1.EncodeRequest\x1a\x1a.miaotui.v1.EncodeResponse\x12N\n\x0b\x44\x65\x63odeSpans\x12\x1e.miaotui.v1.DecodeSpansRequest\x1a\x1f.miaotui.v1.DecodeSpansResponse\x12?\n\x06\x44\x65\x63ode\x12\x19.miaotui.v1.DecodeRequest\x1a\x1a.miaotui.v1.DecodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amiaotui/v1/tokenizer.proto\x12\nmiaotui.v1\x1a\x16miaotui/v1/calls.proto\"U\n\x0bTextOptions\x12\x30\n\rnormalization\x18\x01 \x01(\x0e\x32\x19.miaotui.v1.Normalization\x12\x14\n\x0cstrip_markup\x18\x02 \x01(\x08\"i\n\rTokenizedText\x12\x11\n\tinput_ids\x18\x01 \x01(\x0c\x12\x0e\n\x06starts\x18\x02 \x01(\x0c\x12\x0c\n\x04\x65nds\x18\x03 \x01(\x0c\x12\x12\n\ncharacters\x18\x04 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\"|\n\x06Window\x12\x11\n\tinput_ids\x18\x01 \x01(\x0c\x12\x16\n\x0etoken_type_ids\x18\x02 \x01(\x0c\x12\x18\n\x10passage_position\x18\x03 \x01(\r\x12\x15\n\rpassage_first\x18\x04 \x01(\r\x12\x16\n\x0epassage_tokens\x18\x05 \x01(\r\"!\n\x1fTokenizerServiceDescribeRequest\"\x94\x01\n TokenizerServiceDescribeResponse\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nmax_length\x18\x04 \x01(\r\x12\x0e\n\x06stride\x18\x05 \x01(\r\"\xde\x01\n\rEncodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08question\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12.\n\ttokenized\x18\x04 \x01(\x0b\x32\x19.miaotui.v1.TokenizedTextH\x00\x12(\n\x07options\x18\x05 \x01(\x0b\x32\x17.miaotui.v1.TextOptions\x12\x12\n\nmax_length\x18\x06 \x01(\r\x12\x13\n\x06stride\x18\x07 \x01(\rH\x01\x88\x01\x01\x42\t\n\x07passageB\t\n\x07_stride\"a\n\x0e\x45ncodeResponse\x12#\n\x07windows\x18\x01 \x03(\x0b\x32\x12.miaotui.v1.Window\x12*\n\x07passage\x18\x02 \x01(\x0b\x32\x19.miaotui.v1.TokenizedText\"g\n\x13\x45ncodeStreamRequest\x12$\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x16.miaotui.v1.CallHeader\x12*\n\x07request\x18\x02 \x01(\x0b\x32\x19.miaotui.v1.EncodeRequest\"j\n\x14\x45ncodeStreamResponse\x12$\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x16.miaotui.v1.CallStatus\x12,\n\x08response\x18\x02 \x01(\x0b\x32\x1a.miaotui.v1.EncodeResponse\"(\n\tTokenSpan\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\r\"9\n\rCharacterSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\"t\n\x12\x44\x65\x63odeSpansRequest\x12*\n\x07passage\x18\x01 \x01(\x0b\x32\x19.miaotui.v1.TokenizedText\x12$\n\x05spans\x18\x02 \x03(\x0b\x32\x15.miaotui.v1.TokenSpan\x12\x0c\n\x04text\x18\x03 \x01(\t\"?\n\x13\x44\x65\x63odeSpansResponse\x12(\n\x05spans\x18\x01 \x03(\x0b\x32\x19.miaotui.v1.CharacterSpan\"9\n\rDecodeRequest\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x02 \x01(\x08\"\x1e\n\x0e\x44\x65\x63odeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*u\n\rNormalization\x12\x1d\n\x19NORMALIZATION_UNSPECIFIED\x10\x00\x12\x16\n\x12NORMALIZATION_NONE\x10\x01\x12\x15\n\x11NORMALIZATION_NFC\x10\x02\x12\x16\n\x12NORMALIZATION_NFKC\x10\x03\x32\xa2\x03\n\x10TokenizerService\x12\x65\n\x08\x44\x65scribe\x12+.miaotui.v1.TokenizerServiceDescribeRequest\x1a,.miaotui.v1.TokenizerServiceDescribeResponse\x12?\n\x06\x45ncode\x12\x19.miaotui.v1.EncodeRequest\x1a\x1a.miaotui.v1.EncodeResponse\x12U\n\x0c\x45ncodeStream\x12\x1f.miaotui.v1.EncodeStreamRequest\x1a .miaotui.v1.EncodeStreamResponse(\x01\x30\x01\x12N\n\x0b\x44\x65\x63odeSpans\x12\x1e.miaotui.v1.DecodeSpansRequest\x1a\x1f.miaotui.v1.DecodeSpansResponse\x12?\n\x06\x44\x65\x63ode\x12\x19.miaotui.v1.DecodeRequest\x1a\x1a.miaotui.v1.DecodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'miaotui.v1.tokenizer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NORMALIZATION']._serialized_start=1247
-  _globals['_NORMALIZATION']._serialized_end=1364
-  _globals['_TEXTOPTIONS']._serialized_start=42
-  _globals['_TEXTOPTIONS']._serialized_end=127
-  _globals['_TOKENIZEDTEXT']._serialized_start=129
-  _globals['_TOKENIZEDTEXT']._serialized_end=234
-  _globals['_WINDOW']._serialized_start=236
-  _globals['_WINDOW']._serialized_end=360
-  _globals['_TOKENIZERSERVICEDESCRIBEREQUEST']._serialized_start=362
-  _globals['_TOKENIZERSERVICEDESCRIBEREQUEST']._serialized_end=395
-  _globals['_TOKENIZERSERVICEDESCRIBERESPONSE']._serialized_start=398
-  _globals['_TOKENIZERSERVICEDESCRIBERESPONSE']._serialized_end=546
-  _globals['_ENCODEREQUEST']._serialized_start=549
-  _globals['_ENCODEREQUEST']._serialized_end=771
-  _globals['_ENCODERESPONSE']._serialized_start=773
-  _globals['_ENCODERESPONSE']._serialized_end=870
-  _globals['_TOKENSPAN']._serialized_start=872
-  _globals['_TOKENSPAN']._serialized_end=912
-  _globals['_CHARACTERSPAN']._serialized_start=914
-  _globals['_CHARACTERSPAN']._serialized_end=971
-  _globals['_DECODESPANSREQUEST']._serialized_start=973
-  _globals['_DECODESPANSREQUEST']._serialized_end=1089
-  _globals['_DECODESPANSRESPONSE']._serialized_start=1091
-  _globals['_DECODESPANSRESPONSE']._serialized_end=1154
-  _globals['_DECODEREQUEST']._serialized_start=1156
-  _globals['_DECODEREQUEST']._serialized_end=1213
-  _globals['_DECODERESPONSE']._serialized_start=1215
-  _globals['_DECODERESPONSE']._serialized_end=1245
-  _globals['_TOKENIZERSERVICE']._serialized_start=1367
-  _globals['_TOKENIZERSERVICE']._serialized_end=1698
+  _globals['_NORMALIZATION']._serialized_start=1484
+  _globals['_NORMALIZATION']._serialized_end=1601
+  _globals['_TEXTOPTIONS']._serialized_start=66
+  _globals['_TEXTOPTIONS']._serialized_end=151
+  _globals['_TOKENIZEDTEXT']._serialized_start=153
+  _globals['_TOKENIZEDTEXT']._serialized_end=258
+  _globals['_WINDOW']._serialized_start=260
+  _globals['_WINDOW']._serialized_end=384
+  _globals['_TOKENIZERSERVICEDESCRIBEREQUEST']._serialized_start=386
+  _globals['_TOKENIZERSERVICEDESCRIBEREQUEST']._serialized_end=419
+  _globals['_TOKENIZERSERVICEDESCRIBERESPONSE']._serialized_start=422
+  _globals['_TOKENIZERSERVICEDESCRIBERESPONSE']._serialized_end=570
+  _globals['_ENCODEREQUEST']._serialized_start=573
+  _globals['_ENCODEREQUEST']._serialized_end=795
+  _globals['_ENCODERESPONSE']._serialized_start=797
+  _globals['_ENCODERESPONSE']._serialized_end=894
+  _globals['_ENCODESTREAMREQUEST']._serialized_start=896
+  _globals['_ENCODESTREAMREQUEST']._serialized_end=999
+  _globals['_ENCODESTREAMRESPONSE']._serialized_start=1001
+  _globals['_ENCODESTREAMRESPONSE']._serialized_end=1107
+  _globals['_TOKENSPAN']._serialized_start=1109
+  _globals['_TOKENSPAN']._serialized_end=1149
+  _globals['_CHARACTERSPAN']._serialized_start=1151
+  _globals['_CHARACTERSPAN']._serialized_end=1208
+  _globals['_DECODESPANSREQUEST']._serialized_start=1210
+  _globals['_DECODESPANSREQUEST']._serialized_end=1326
+  _globals['_DECODESPANSRESPONSE']._serialized_start=1328
+  _globals['_DECODESPANSRESPONSE']._serialized_end=1391
+  _globals['_DECODEREQUEST']._serialized_start=1393
+  _globals['_DECODEREQUEST']._serialized_end=1450
+  _globals['_DECODERESPONSE']._serialized_start=1452
+  _globals['_DECODERESPONSE']._serialized_end=1482
+  _globals['_TOKENIZERSERVICE']._serialized_start=1604
+  _globals['_TOKENIZERSERVICE']._serialized_end=2022
 # @@protoc_insertion_point(module_scope)

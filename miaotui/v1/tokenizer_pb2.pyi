@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from miaotui.v1 import calls_pb2 as _calls_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -292,6 +293,66 @@ class EncodeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EncodeResponse: _TypeAlias = EncodeResponse  # noqa: Y015
+
+@_typing.final
+class EncodeStreamRequest(_message.Message):
+    """A call of Encode on a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def call(self) -> _calls_pb2.CallHeader:
+        """Which call, its deadline and trace."""
+
+    @_builtins.property
+    def request(self) -> Global___EncodeRequest:
+        """Absent where the call is cancelled."""
+
+    def __init__(
+        self,
+        *,
+        call: _calls_pb2.CallHeader | None = ...,
+        request: Global___EncodeRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EncodeStreamRequest: _TypeAlias = EncodeStreamRequest  # noqa: Y015
+
+@_typing.final
+class EncodeStreamResponse(_message.Message):
+    """The end of a call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def call(self) -> _calls_pb2.CallStatus:
+        """Which call, and how it ended."""
+
+    @_builtins.property
+    def response(self) -> Global___EncodeResponse:
+        """Absent where it failed."""
+
+    def __init__(
+        self,
+        *,
+        call: _calls_pb2.CallStatus | None = ...,
+        response: Global___EncodeResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EncodeStreamResponse: _TypeAlias = EncodeStreamResponse  # noqa: Y015
 
 @_typing.final
 class TokenSpan(_message.Message):

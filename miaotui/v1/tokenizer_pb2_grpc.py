@@ -46,6 +46,11 @@ class TokenizerServiceStub:
                 request_serializer=miaotui_dot_v1_dot_tokenizer__pb2.EncodeRequest.SerializeToString,
                 response_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.EncodeResponse.FromString,
                 _registered_method=True)
+        self.EncodeStream = channel.stream_stream(
+                '/miaotui.v1.TokenizerService/EncodeStream',
+                request_serializer=miaotui_dot_v1_dot_tokenizer__pb2.EncodeStreamRequest.SerializeToString,
+                response_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.EncodeStreamResponse.FromString,
+                _registered_method=True)
         self.DecodeSpans = channel.unary_unary(
                 '/miaotui.v1.TokenizerService/DecodeSpans',
                 request_serializer=miaotui_dot_v1_dot_tokenizer__pb2.DecodeSpansRequest.SerializeToString,
@@ -81,6 +86,13 @@ class TokenizerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EncodeStream(self, request_iterator, context):
+        """Encode, many times on one stream: what the gateway uses. Answers come in any order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DecodeSpans(self, request, context):
         """Token spans of a tokenised passage to character spans of the text as the
         caller sent it. OUT_OF_RANGE: a span outside of the passage.
@@ -108,6 +120,11 @@ def add_TokenizerServiceServicer_to_server(servicer, server):
                     servicer.Encode,
                     request_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.EncodeRequest.FromString,
                     response_serializer=miaotui_dot_v1_dot_tokenizer__pb2.EncodeResponse.SerializeToString,
+            ),
+            'EncodeStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.EncodeStream,
+                    request_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.EncodeStreamRequest.FromString,
+                    response_serializer=miaotui_dot_v1_dot_tokenizer__pb2.EncodeStreamResponse.SerializeToString,
             ),
             'DecodeSpans': grpc.unary_unary_rpc_method_handler(
                     servicer.DecodeSpans,
@@ -176,6 +193,33 @@ class TokenizerService:
             '/miaotui.v1.TokenizerService/Encode',
             miaotui_dot_v1_dot_tokenizer__pb2.EncodeRequest.SerializeToString,
             miaotui_dot_v1_dot_tokenizer__pb2.EncodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EncodeStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/miaotui.v1.TokenizerService/EncodeStream',
+            miaotui_dot_v1_dot_tokenizer__pb2.EncodeStreamRequest.SerializeToString,
+            miaotui_dot_v1_dot_tokenizer__pb2.EncodeStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

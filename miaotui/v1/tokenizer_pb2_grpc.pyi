@@ -44,6 +44,8 @@ class TokenizerServiceStub:
     passage. FAILED_PRECONDITION: `tokenized` was made by another tokenizer or
     with other options.
     """
+    EncodeStream: _grpc.StreamStreamMultiCallable[_tokenizer_pb2.EncodeStreamRequest, _tokenizer_pb2.EncodeStreamResponse]
+    """Encode, many times on one stream: what the gateway uses. Answers come in any order."""
     DecodeSpans: _grpc.UnaryUnaryMultiCallable[_tokenizer_pb2.DecodeSpansRequest, _tokenizer_pb2.DecodeSpansResponse]
     """Token spans of a tokenised passage to character spans of the text as the
     caller sent it. OUT_OF_RANGE: a span outside of the passage.
@@ -67,6 +69,8 @@ class TokenizerServiceAsyncStub(TokenizerServiceStub):
     passage. FAILED_PRECONDITION: `tokenized` was made by another tokenizer or
     with other options.
     """
+    EncodeStream: _aio.StreamStreamMultiCallable[_tokenizer_pb2.EncodeStreamRequest, _tokenizer_pb2.EncodeStreamResponse]  # type: ignore[assignment]
+    """Encode, many times on one stream: what the gateway uses. Answers come in any order."""
     DecodeSpans: _aio.UnaryUnaryMultiCallable[_tokenizer_pb2.DecodeSpansRequest, _tokenizer_pb2.DecodeSpansResponse]  # type: ignore[assignment]
     """Token spans of a tokenised passage to character spans of the text as the
     caller sent it. OUT_OF_RANGE: a span outside of the passage.
@@ -99,6 +103,14 @@ class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
         passage. FAILED_PRECONDITION: `tokenized` was made by another tokenizer or
         with other options.
         """
+
+    @_abc_1.abstractmethod
+    def EncodeStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_tokenizer_pb2.EncodeStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_tokenizer_pb2.EncodeStreamResponse], _abc.AsyncIterator[_tokenizer_pb2.EncodeStreamResponse]]:
+        """Encode, many times on one stream: what the gateway uses. Answers come in any order."""
 
     @_abc_1.abstractmethod
     def DecodeSpans(

@@ -55,7 +55,7 @@ def _wrap(name: str, handler: Handler) -> Handler:
         stream: Any = handler.unary_stream
 
         async def streamed(request: Any, context: Any) -> AsyncIterator[Any]:
-            with _server_span(name, context):
+            with server_span(name, context):
                 async for response in stream(request, context):
                     yield response
 
@@ -63,14 +63,15 @@ def _wrap(name: str, handler: Handler) -> Handler:
     unary: Any = handler.unary_unary
 
     async def called(request: Any, context: Any) -> Any:
-        with _server_span(name, context):
+        with server_span(name, context):
             return await unary(request, context)
 
     return grpc.unary_unary_rpc_method_handler(called, **codec)
 
 
 @contextmanager
-def _server_span(name: str, context: Any) -> Iterator[Span]:
+def server_span(name: str, context: Any) -> Iterator[Span]:
+    """The server span of one call; `name` is "package.Service/Method"."""
     carrier = {key: value for key, value in context.invocation_metadata() if key in _HEADERS}
     service, _, method = name.partition("/")
     token = otel_context.attach(extract_context(carrier))

@@ -121,6 +121,11 @@ def _register(server: RpcServer, servicer: ShardServicer) -> None:
             request_deserializer=pb.InferRequest.FromString,
             response_serializer=pb.InferResponse.SerializeToString,
         ),
+        "InferStream": grpc.stream_stream_rpc_method_handler(
+            servicer.InferStream,
+            request_deserializer=pb.InferStreamRequest.FromString,
+            response_serializer=pb.InferStreamResponse.SerializeToString,
+        ),
         "Forward": grpc.stream_stream_rpc_method_handler(
             servicer.Forward,
             request_deserializer=None,
@@ -153,6 +158,7 @@ async def serve_shard(settings: ShardSettings) -> None:
         await server.set_serving(False)
         if stage.head is not None:
             await stage.head.drain(settings.drain_seconds)
+        await servicer.infer_calls.drain(1.0)
 
     try:
         await serve(

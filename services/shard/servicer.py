@@ -23,6 +23,7 @@ from miaotui.engine.scheduler import QueueFullError
 from miaotui.telemetry import inject_context
 from miaotui.v1 import shard_pb2 as pb
 from miaotui.v1 import shard_pb2_grpc
+from services.rpc.calls import CallServer
 from services.shard.convert import timings_to_proto
 from services.shard.stage import ForwardContext, Stage
 
@@ -92,6 +93,11 @@ class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
         self._token_types = token_types
         self._max_sequences = max_request_sequences
         self._process = psutil.Process()
+        self.infer_calls = CallServer(
+            "miaotui.v1.ShardService/Infer",
+            self.Infer,
+            lambda status, response: pb.InferStreamResponse(call=status, response=response),
+        )
 
     async def Describe(
         self, request: pb.ShardServiceDescribeRequest, context: grpc.ServicerContext
@@ -148,6 +154,12 @@ class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
             ],
             timings=timings_to_proto(result.timings),
         )
+
+    async def InferStream(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[pb.InferStreamRequest], context: InferContext
+    ) -> None:
+        """Infer, many times on one stream."""
+        await self.infer_calls.serve(request_iterator, context)
 
     async def Forward(  # type: ignore[override]
         self, request_iterator: AsyncIterator[bytes], context: ForwardContext

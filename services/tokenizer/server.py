@@ -27,15 +27,14 @@ async def serve_tokenizer(settings: TokenizerSettings) -> None:
     tokenizer, fingerprint = await asyncio.to_thread(_load, settings)
     workers = Workers(settings.worker_threads, settings.max_waiting)
     server = RpcServer(SERVICE)
-    tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(
-        TokenizerServicer(tokenizer, fingerprint, workers, max_spans=settings.max_spans),
-        server.aio,
-    )
+    servicer = TokenizerServicer(tokenizer, fingerprint, workers, max_spans=settings.max_spans)
+    tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(servicer, server.aio)
     try:
         await serve(
             server,
             settings.listen,
             grace=settings.drain_seconds,
+            drain=lambda: servicer.encode_calls.drain(settings.drain_seconds),
             metrics_port=settings.metrics_port,
         )
     finally:

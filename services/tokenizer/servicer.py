@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
 from typing import Any, NoReturn
 
 import grpc
@@ -20,6 +21,7 @@ from miaotui.text.tokenizer import TextTokenizer
 from miaotui.text.tokens import character_spans
 from miaotui.v1 import tokenizer_pb2 as pb
 from miaotui.v1 import tokenizer_pb2_grpc
+from services.rpc.calls import CallServer
 from services.tokenizer.convert import (
     options_from_proto,
     tokens_from_proto,
@@ -57,6 +59,11 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             max_length=tokenizer.max_length,
             stride=tokenizer.stride,
         )
+        self.encode_calls = CallServer(
+            "miaotui.v1.TokenizerService/Encode",
+            self.Encode,
+            lambda status, response: pb.EncodeStreamResponse(call=status, response=response),
+        )
         meter = metrics.get_meter("miaotui.tokenizer")
         self._tokens = meter.create_counter(
             "miaotui.tokenizer.tokens", "{token}", "Passage tokens made"
@@ -73,6 +80,12 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     ) -> pb.TokenizerServiceDescribeResponse:
         """What this service tokenises for."""
         return self._description
+
+    async def EncodeStream(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[pb.EncodeStreamRequest], context: Context
+    ) -> None:
+        """Encode, many times on one stream."""
+        await self.encode_calls.serve(request_iterator, context)
 
     async def Encode(self, request: pb.EncodeRequest, context: Context) -> pb.EncodeResponse:
         """A question and a passage to the model's inputs."""

@@ -18,6 +18,7 @@ from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import shard_pb2_grpc, tokenizer_pb2_grpc
 from miaotui.v1 import tensor_pb2 as tensor_pb
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
+from services.rpc.calls import CallServer
 from services.rpc.server import RpcServer
 
 ROOM = 64
@@ -125,6 +126,18 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
                 return tokenizer_pb.EncodeResponse(windows=windows, passage=passage)
             first += ROOM - STRIDE
 
+    async def EncodeStream(  # type: ignore[override]
+        self, request_iterator: Any, context: Context
+    ) -> None:
+        server = CallServer(
+            "miaotui.v1.TokenizerService/Encode",
+            self.Encode,
+            lambda status, response: tokenizer_pb.EncodeStreamResponse(
+                call=status, response=response
+            ),
+        )
+        await server.serve(request_iterator, context)
+
     async def Decode(self, request: Any, context: Context) -> Any:
         raise NotImplementedError
 
@@ -180,6 +193,16 @@ class FakeShard(shard_pb2_grpc.ShardServiceServicer):
             for i in range(2)
         ]
         return shard_pb.InferResponse(logits=logits, timings=timings)
+
+    async def InferStream(  # type: ignore[override]
+        self, request_iterator: Any, context: Context
+    ) -> None:
+        server = CallServer(
+            "miaotui.v1.ShardService/Infer",
+            self.Infer,
+            lambda status, response: shard_pb.InferStreamResponse(call=status, response=response),
+        )
+        await server.serve(request_iterator, context)
 
     def Forward(self, request_iterator: Any, context: Context) -> Any:
         raise NotImplementedError
