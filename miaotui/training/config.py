@@ -41,7 +41,7 @@ class TrainConfig(BaseModel):
     align_epochs: int = 3
 
     steps: int = Field(default=1000, description="the rate comes to zero here")
-    stop: int = Field(default=1000, description="the run ends here, at or before steps")
+    stop: int = Field(default=850, description="the run ends here, at or before steps")
     warmup: int = 100
     decay_from: int = Field(default=500, description="the rate falls to 0 from here")
     late_from: int = Field(default=504, description="the late mixture is drawn from here")
