@@ -77,13 +77,15 @@ def evaluate(
     data: DataOption = DEFAULTS.data,
     model: Annotated[Path, typer.Option(help="folder of an exported model")] = BUNDLED,
     limit: LimitOption = 400,
+    calibrate: Annotated[bool, typer.Option(help="find the thresholds anew")] = False,
     card: Annotated[bool, typer.Option(help="write the scores to its model card")] = False,
 ) -> None:
-    """Score an exported model on the held-out questions, with the threshold it carries."""
+    """Score an exported model on the held-out questions, with the thresholds it carries."""
     from miaotui.training import pipeline
 
     config = configure(data, DEFAULTS.work, DEFAULTS.seed, DEFAULTS.fraction, "{}")
-    typer.echo(pipeline.evaluate(config, model, limit, card).model_dump_json(indent=2))
+    found = pipeline.evaluate(config, model, limit, calibrate=calibrate, card=card)
+    typer.echo(found.model_dump_json(indent=2))
 
 
 if __name__ == "__main__":

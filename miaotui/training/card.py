@@ -104,6 +104,10 @@ def _weaknesses(found: Results) -> str:
 def model_card(config: TrainConfig, corpus: Corpus, found: Results, characters: int) -> str:
     """The whole README.md. ``characters`` is how many Chinese ones the vocabulary has."""
     pooled = ", ".join(f"{name} {value:.3f}" for name, value in found.auroc.items())
+    thresholds = ", ".join(
+        f"{name} threshold {value:.2f}, scale {found.scale[name]:.2f}"
+        for name, value in found.threshold.items()
+    )
     return f"""{_HEAD}
 ## Scores
 
@@ -118,9 +122,11 @@ No-answer AUROC, right against wrong passages, QAMR left out: {pooled}.
 ## No answer
 
 The no-answer score is `start[CLS] + end[CLS]` (the least over the windows) minus the best span's
-`start + end` (the most over the windows). Threshold {found.threshold:.2f}, scale {found.scale:.2f}:
-`P(no answer) = 1 / (1 + exp(-(score - threshold) / scale))`, fitted on the development split with
-as many wrong passages as right ones. Both are in `config.json` under `miaotui`.
+`start + end` (the most over the windows). `P(no answer) = 1 / (1 + exp(-(score - threshold) /
+scale))`, fitted on the development split with as many wrong passages as right ones, for each
+language: {thresholds}. They are in `config.json` under `miaotui`, English's
+as `no_answer_threshold`, all under `no_answer_by_language`. The shares in the table above are at
+these thresholds: where questions mostly have an answer, a higher one keeps more of them.
 
 ## Known weaknesses
 

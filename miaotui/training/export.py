@@ -59,7 +59,6 @@ def save_config(
     model: BertForQuestionAnswering,
     folder: Path,
     config: TrainConfig,
-    calibration: Calibration,
     steps: int,
 ) -> None:
     """Write ``config.json``; what Miaotui needs besides lies under its key ``miaotui``."""
@@ -76,11 +75,32 @@ def save_config(
         "no_answer_score": "min over windows of start[CLS] + end[CLS], minus the best span's "
         "start + end over all windows; a span lies within the passage and is at most "
         "longest_answer tokens long",
-        "no_answer_threshold": round(calibration.threshold, 4),
-        "no_answer_scale": round(calibration.scale, 4),
-        "no_answer_probability": "1 / (1 + exp(-(score - no_answer_threshold) / no_answer_scale))",
+        "no_answer_probability": "1 / (1 + exp(-(score - threshold) / scale))",
     }
     (folder / "config.json").write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
+
+
+def save_calibrations(folder: Path, calibrations: dict[str, Calibration]) -> None:
+    """Put the thresholds into ``config.json``: of each language, and English's as the default."""
+    path = folder / "config.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    default = calibrations.get("en") or next(iter(calibrations.values()))
+    own = state["miaotui"]
+    own["no_answer_threshold"] = round(default.threshold, 4)
+    own["no_answer_scale"] = round(default.scale, 4)
+    own["no_answer_by_language"] = {
+        language: {"threshold": round(c.threshold, 4), "scale": round(c.scale, 4)}
+        for language, c in calibrations.items()
+    }
+    own["no_answer_probability"] = "1 / (1 + exp(-(score - threshold) / scale))"
+    path.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_calibrations(folder: Path) -> dict[str, Calibration]:
+    """What ``save_calibrations`` wrote. Raises KeyError if it did not."""
+    own = json.loads((folder / "config.json").read_text(encoding="utf-8"))["miaotui"]
+    found: dict[str, dict[str, float]] = own["no_answer_by_language"]
+    return {language: Calibration(**values) for language, values in found.items()}
 
 
 def save_licence(folder: Path) -> None:

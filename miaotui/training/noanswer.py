@@ -69,9 +69,13 @@ class Calibration:
     threshold: float
     scale: float
 
+    def log_odds(self, score: float) -> float:
+        """Of there being no answer, for a no-answer score."""
+        return (score - self.threshold) / self.scale
+
     def probability(self, score: float) -> float:
         """Of there being no answer, for a no-answer score."""
-        return float(1 / (1 + np.exp(-np.clip((score - self.threshold) / self.scale, -60, 60))))
+        return float(1 / (1 + np.exp(-np.clip(self.log_odds(score), -60, 60))))
 
 
 def calibrate(unanswerable: Sequence[float], answerable: Sequence[float]) -> Calibration:

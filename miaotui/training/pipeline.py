@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from miaotui.training.config import TrainConfig
 from miaotui.training.data import Corpus, read_corpus, subset
 from miaotui.training.export import (
     check_size,
+    load_calibrations,
+    save_calibrations,
     save_config,
     save_licence,
     save_tokenizer,
@@ -26,11 +27,10 @@ from miaotui.training.features import Encoded, Special, encode
 from miaotui.training.glosses import is_han, read_dictionary
 from miaotui.training.maker import Maker
 from miaotui.training.model import TrainingModel, base_folder, base_state, from_base, to_plain
-from miaotui.training.noanswer import Calibration
 from miaotui.training.predict import model_logits
 from miaotui.training.report import (
     Results,
-    calibration_of,
+    calibrations_of,
     em_f1,
     measure,
     plain_logits,
@@ -144,33 +144,38 @@ def export(setup: Setup, out: Path, limit: int) -> Results:
     config = setup.config
     trainer = make_trainer(setup)
     trainer.resume()
-    plain = to_plain(trainer.averaged().cpu()).half().float()
+    plain = to_plain(trainer.averaged().cpu())
     out.mkdir(parents=True, exist_ok=True)
     save_weights(plain, out)
     save_tokenizer(setup.vocabulary.tokenizer, out)
     save_licence(out)
-    dev = measure(plain_logits(plain), setup.encoded, setup.special, "dev", limit, config)
-    save_config(plain, out, config, calibration_of(dev), trainer.step)
+    save_config(plain, out, config, trainer.step)
     log.info("%d bytes in %s", check_size(out), out)
-    return evaluate(config, out, limit, card=True)
+    return evaluate(config, out, limit, calibrate=True, card=True)
 
 
-def evaluate(config: TrainConfig, folder: Path, limit: int, card: bool = False) -> Results:
-    """Scores of an exported model on the held-out split, with its own tokenizer and threshold.
+def evaluate(
+    config: TrainConfig, folder: Path, limit: int, *, calibrate: bool = False, card: bool = False
+) -> Results:
+    """Scores of an exported model on the held-out split, with its own tokenizer and thresholds.
 
-    With ``card`` they are written to its ``results.json`` and ``README.md``.
+    With ``calibrate`` the thresholds are first found anew on the development split and written to
+    its ``config.json``; with ``card`` the scores are, to ``results.json`` and ``README.md``.
     """
     torch.set_num_threads(config.threads)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    own = json.loads((folder / "config.json").read_text(encoding="utf-8"))["miaotui"]
-    calibration = Calibration(own["no_answer_threshold"], own["no_answer_scale"])
+    special = Special.of(tokenizer)
     encoded = encode(read_corpus(config.data), tokenizer, config.max_question)
     model = AutoModelForQuestionAnswering.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()
-    special = Special.of(tokenizer)
-    measured = measure(plain_logits(model), encoded, special, "heldout", limit, config)
-    found = results(encoded, measured, calibration, "heldout", own["trained_steps"])
+    logits = plain_logits(model)
+    if calibrate:
+        dev = measure(logits, encoded, special, "dev", limit, config)
+        save_calibrations(folder, calibrations_of(encoded, dev))
+    steps = model.config.miaotui["trained_steps"]
+    heldout = measure(logits, encoded, special, "heldout", limit, config)
+    found = results(encoded, heldout, load_calibrations(folder), "heldout", steps)
     if card:
         characters = sum(len(t) == 1 and is_han(t) for t in tokenizer.get_vocab())
         (folder / "results.json").write_text(found.model_dump_json(indent=2) + "\n")

@@ -45,8 +45,8 @@ class Results(BaseModel):
     split: Split
     domains: dict[str, DomainScores]
     auroc: dict[str, float]
-    threshold: float
-    scale: float
+    threshold: dict[str, float]
+    scale: dict[str, float]
 
 
 @dataclass
@@ -139,32 +139,48 @@ def em_f1(encoded: Encoded, answered: Sequence[tuple[Pair, Prediction]]) -> tupl
     )
 
 
-def calibration_of(measured: Measured) -> Calibration:
-    """Fitted on all domains together but QAMR, whose lone sentences are no real passages."""
-    domains = [d for d in measured.own if d != "qamr"] or list(measured.own)
-    return calibrate(
-        [p.no_answer for d in domains for p in measured.wrong[d]],
-        [p.no_answer for d in domains for _, p in measured.own[d]],
-    )
+def calibrations_of(encoded: Encoded, measured: Measured) -> dict[str, Calibration]:
+    """One fit for each language, over its domains but QAMR, whose lone sentences are no passages.
+
+    The score of a language the model knows less is lower for right and wrong passages alike, so
+    one threshold for all would suit neither.
+    """
+    kinds: dict[str, tuple[list[float], list[float]]] = {}
+    for domain, answered in measured.own.items():
+        if domain == "qamr" and len(measured.own) > 1:
+            continue
+        language = encoded.corpus.passages[answered[0][0].passage].language
+        wrong, right = kinds.setdefault(language, ([], []))
+        wrong.extend(p.no_answer for p in measured.wrong[domain])
+        right.extend(p.no_answer for _, p in answered)
+    return {language: calibrate(*both) for language, both in kinds.items()}
 
 
 def results(
-    encoded: Encoded, measured: Measured, calibration: Calibration, split: Split, steps: int = 0
+    encoded: Encoded,
+    measured: Measured,
+    calibrations: dict[str, Calibration],
+    split: Split,
+    steps: int = 0,
 ) -> Results:
-    """The scores of ``measured`` with a threshold found elsewhere, after ``steps``."""
+    """The scores of ``measured`` with thresholds found elsewhere, after ``steps``.
+
+    The AUROC of all languages together is of the calibrated probability.
+    """
     domains = {}
     pooled: dict[str, tuple[list[float], list[float]]] = {}
-    limit = calibration.threshold
     for domain, answered in measured.own.items():
         em, f1 = em_f1(encoded, answered)
         right = [p.no_answer for _, p in answered]
         wrong = [p.no_answer for p in measured.wrong[domain]]
         language = encoded.corpus.passages[answered[0][0].passage].language
+        limit = calibrations[language].threshold
         if domain != "qamr":
+            chance = calibrations[language].log_odds
             for name in (language, "all"):
                 both = pooled.setdefault(name, ([], []))
-                both[0].extend(wrong)
-                both[1].extend(right)
+                both[0].extend(map(chance, wrong))
+                both[1].extend(map(chance, right))
         domains[domain] = DomainScores(
             questions=len(answered),
             em=em,
@@ -180,6 +196,6 @@ def results(
         split=split,
         domains=domains,
         auroc={n: round(auroc(w, r), 4) for n, (w, r) in pooled.items() if w},
-        threshold=round(limit, 4),
-        scale=round(calibration.scale, 4),
+        threshold={n: round(c.threshold, 4) for n, c in calibrations.items()},
+        scale={n: round(c.scale, 4) for n, c in calibrations.items()},
     )

@@ -9,7 +9,14 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from miaotui.training.config import TrainConfig
-from miaotui.training.export import save_config, save_licence, save_tokenizer, save_weights
+from miaotui.training.export import (
+    load_calibrations,
+    save_calibrations,
+    save_config,
+    save_licence,
+    save_tokenizer,
+    save_weights,
+)
 from miaotui.training.glosses import parse, simplifications
 from miaotui.training.model import to_plain
 from miaotui.training.noanswer import Calibration
@@ -76,7 +83,8 @@ def test_the_exported_model_is_the_trained_one(
     plain = to_plain(model)
     save_weights(plain, tmp_path)
     save_tokenizer(vocabulary.tokenizer, tmp_path)
-    save_config(plain, tmp_path, config, Calibration(1.5, 2.0), 3)
+    save_config(plain, tmp_path, config, 3)
+    save_calibrations(tmp_path, {"zh": Calibration(-1.0, 1.0), "en": Calibration(1.5, 2.0)})
     save_licence(tmp_path)
 
     loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -93,4 +101,5 @@ def test_the_exported_model_is_the_trained_one(
     assert torch.allclose(out.end_logits, end, atol=2e-3)
     assert loaded.config.miaotui["no_answer_threshold"] == 1.5
     assert loaded.config.miaotui["max_length"] == 384
+    assert load_calibrations(tmp_path)["zh"] == Calibration(-1.0, 1.0)
     assert "Apache License" in (tmp_path / "LICENSE").read_text()
