@@ -124,8 +124,9 @@ No-answer AUROC, right against wrong passages, QAMR left out: {pooled}.
 The no-answer score is `start[CLS] + end[CLS]` (the least over the windows) minus the best span's
 `start + end` (the most over the windows). `P(no answer) = 1 / (1 + exp(-(score - threshold) /
 scale))`, fitted on the development split with as many wrong passages as right ones, for each
-language: {thresholds}. They are in `config.json` under `miaotui`, English's
-as `no_answer_threshold`, all under `no_answer_by_language`. The shares in the table above are at
+language: {thresholds}.
+They are in `config.json` under `miaotui`, English's as `no_answer_threshold`, all under
+`no_answer_by_language`. The shares in the table above are at
 these thresholds: where questions mostly have an answer, a higher one keeps more of them.
 
 ## Known weaknesses
