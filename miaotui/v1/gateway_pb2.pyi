@@ -75,7 +75,7 @@ class AnswerRequest(_message.Message):
     """Longest answer in tokens; 0: the default (30)."""
     no_answer_threshold: _builtins.float
     """"No answer" is returned where its logit exceeds the best span's by more than
-    this; absent: the model's calibrated threshold, or never where it has none.
+    this; absent: there is always an answer. A model's card says what suits it.
     """
     no_cache: _builtins.bool
     """Neither read nor write the answer cache."""

@@ -187,7 +187,7 @@ class TokenizerServiceDescribeResponse(_message.Message):
     vocab_size: _builtins.int
     """Number of ids, added tokens included."""
     max_length: _builtins.int
-    """Longest window in tokens, special tokens included."""
+    """Longest window in tokens, special tokens included, unless a request says otherwise."""
     stride: _builtins.int
     """Tokens by which windows overlap, unless a request says otherwise."""
     def __init__(
