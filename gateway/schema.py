@@ -58,7 +58,7 @@ class QaRequest(BaseModel):
         None,
         allow_inf_nan=False,
         description='"No answer" is returned where its logit exceeds the best span\'s by more '
-        "than this; null: the model's own threshold, or never where it has none.",
+        "than this; null: there is always an answer. The model card says what suits the model.",
     )
     normalization: Literal["nfc", "nfkc", "none"] = Field(
         "nfc", description="Unicode normalisation before tokenising; offsets are unaffected."

@@ -2,7 +2,7 @@
 
 The safetensors format is 8 bytes of little-endian header length, a JSON header that gives
 each tensor's dtype, shape and byte range, and the tensors' bytes end to end
-(https://huggingface.co/docs/safetensors#format). Tensors are read with `pread` into memory of
+(format: the safetensors documentation). Tensors are read with `pread` into memory of
 their own rather than mapped: a stage's resident memory is then exactly its share, no first
 request pays for page faults, and a file replaced on disk cannot crash a running stage.
 """

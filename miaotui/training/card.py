@@ -17,7 +17,7 @@ pipeline_tag: question-answering
 
 Finds the answer to a question in a passage, in English and in Chinese, as a span of the passage.
 Six layers, 384 wide, fp16 safetensors, made by `python -m miaotui.training` from
-[all-MiniLM-L6-v2](https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2) (Apache-2.0, see
+all-MiniLM-L6-v2 (Apache-2.0, see
 `LICENSE` and `NOTICE`).
 
 ```python

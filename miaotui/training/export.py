@@ -16,7 +16,7 @@ from miaotui.training.noanswer import Calibration
 LIMIT_BYTES = 50_000_000
 
 NOTICE = """The weights in this folder are derived from all-MiniLM-L6-v2
-(https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2, by the sentence-transformers
+(sentence-transformers/all-MiniLM-L6-v2, by the sentence-transformers
 authors, itself from nreimers/MiniLM-L6-H384-uncased and Microsoft's MiniLM), licensed under the
 Apache License 2.0 (see LICENSE). They were changed: the vocabulary was extended and the model
 trained further on the data named in README.md. The copy they come from is that of the PyPI package
