@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 # Element types on the wire, by the names that the protocol's Dtype has them under.
@@ -123,82 +122,6 @@ def checked_nbytes(dtype: str, shape: Sequence[int]) -> int:
             f"at most {_MAX_BYTES} are accepted"
         )
     return nbytes
-
-
-def token_ids_from_wire(sequences: Iterable[bytes]) -> tuple[torch.Tensor, list[int]]:
-    """Return int64 ids [tokens] of sequences laid end to end, and their lengths.
-
-    Args:
-        sequences: little-endian int32, one a token, one item a sequence.
-
-    Raises:
-        TensorFormatError: a sequence is empty or not of whole int32.
-    """
-    arrays = []
-    for index, data in enumerate(sequences):
-        if not data or len(data) % 4:
-            raise TensorFormatError(
-                f"input_ids of sequence {index} have {len(data)} bytes; send 4 (little-endian "
-                "int32) for each of one or more tokens"
-            )
-        arrays.append(np.frombuffer(data, dtype="<i4"))
-    if not arrays:
-        raise TensorFormatError("no sequences; send at least one")
-    ids = torch.from_numpy(np.concatenate(arrays, dtype=np.int64))
-    return ids, [len(array) for array in arrays]
-
-
-def token_types_from_wire(sequences: Sequence[bytes], lengths: Sequence[int]) -> torch.Tensor:
-    """Return int64 token types [tokens] of sequences laid end to end.
-
-    Args:
-        sequences: one byte a token, one item a sequence; an empty item means all zeros.
-        lengths: tokens of each sequence.
-
-    Raises:
-        TensorFormatError: an item is neither empty nor as long as its sequence.
-    """
-    if len(sequences) != len(lengths):
-        raise TensorFormatError(f"token types of {len(sequences)} sequences, not {len(lengths)}")
-    types = np.zeros(sum(lengths), dtype=np.int64)
-    first = 0
-    for index, (data, length) in enumerate(zip(sequences, lengths, strict=True)):
-        if data:
-            if len(data) != length:
-                raise TensorFormatError(
-                    f"token_type_ids of sequence {index} have {len(data)} bytes; send one for "
-                    f"each of its {length} tokens, or none"
-                )
-            types[first : first + length] = np.frombuffer(data, dtype=np.uint8)
-        first += length
-    return torch.from_numpy(types)
-
-
-def span_logits_to_wire(
-    logits: torch.Tensor, lengths: Sequence[int]
-) -> list[tuple[memoryview, memoryview]]:
-    """Return each sequence's (start, end) logits as little-endian float32 bytes.
-
-    Args:
-        logits: [tokens, 2] of sequences laid end to end.
-        lengths: tokens of each sequence.
-
-    Raises:
-        TensorFormatError: shape and lengths contradict each other.
-    """
-    if logits.shape != (sum(lengths), 2):
-        raise TensorFormatError(
-            f"span logits of shape {list(logits.shape)}; the lengths call for [{sum(lengths)}, 2]"
-        )
-    rows = logits.detach().to(device="cpu", dtype=torch.float32).t().contiguous()
-    data = rows.view(torch.uint8).numpy().reshape(2, -1)
-    result = []
-    first = 0
-    for length in lengths:
-        part = slice(4 * first, 4 * (first + length))
-        result.append((data[0, part].data, data[1, part].data))
-        first += length
-    return result
 
 
 def _wire_dtype(name: str) -> torch.dtype:

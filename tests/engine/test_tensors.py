@@ -18,10 +18,7 @@ from miaotui.engine.tensors import (
     TensorFormatError,
     checked_nbytes,
     from_wire,
-    span_logits_to_wire,
     to_wire,
-    token_ids_from_wire,
-    token_types_from_wire,
 )
 
 
@@ -112,47 +109,6 @@ def test_more_refusals() -> None:
     with pytest.raises(TensorFormatError, match="not contiguous"):
         from_wire(memoryview(bytes(16))[::2], "float32", (2,))
     assert checked_nbytes("bfloat16", (3, 5)) == 30
-
-
-@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5), data=st.data())
-def test_token_ids_and_types(lengths: list[int], data: st.DataObject) -> None:
-    id_lists = [
-        data.draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=n, max_size=n))
-        for n in lengths
-    ]
-    ids, found = token_ids_from_wire(struct.pack(f"<{len(i)}i", *i) for i in id_lists)
-    assert ids.dtype is torch.int64
-    assert (ids.tolist(), found) == ([i for part in id_lists for i in part], lengths)
-    types = [data.draw(st.sampled_from([b"", bytes(range(n))])) for n in lengths]
-    expected = [list(t) or [0] * n for t, n in zip(types, lengths, strict=True)]
-    assert token_types_from_wire(types, lengths).tolist() == [i for part in expected for i in part]
-
-
-def test_token_refusals() -> None:
-    for bad, message in (([b""], "0 bytes"), ([b"\0" * 4, b"\0" * 5], "sequence 1 have 5 bytes")):
-        with pytest.raises(TensorFormatError, match=message):
-            token_ids_from_wire(bad)
-    with pytest.raises(TensorFormatError, match="no sequences"):
-        token_ids_from_wire([])
-    with pytest.raises(TensorFormatError, match="sequence 0 have 2 bytes"):
-        token_types_from_wire([b"\0\1"], [3])
-    with pytest.raises(TensorFormatError, match="of 1 sequences, not 2"):
-        token_types_from_wire([b""], [3, 1])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_span_logits_split_by_sequence(dtype: torch.dtype) -> None:
-    lengths = [3, 1, 4]
-    logits = torch.randn(8, 2).to(dtype)
-    parts = span_logits_to_wire(logits, lengths)
-    first = 0
-    for length, (start, end) in zip(lengths, parts, strict=True):
-        rows = logits[first : first + length].float()
-        assert np.array_equal(np.frombuffer(start, "<f4"), rows[:, 0].numpy())
-        assert np.array_equal(np.frombuffer(bytes(end), "<f4"), rows[:, 1].numpy())
-        first += length
-    with pytest.raises(TensorFormatError, match=r"call for \[9, 2\]"):
-        span_logits_to_wire(logits, [9])
 
 
 def test_special_values_survive() -> None:
