@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -195,9 +196,10 @@ def test_preparation_comes_first_and_may_fail(fake: Fake) -> None:
 
 
 def test_numbers_below_one_are_refused(fake: Fake) -> None:
-    for settings in ({"capacity": 0}, {"colocated_stages": 0}, {"cores": 0}):
+    for name in ("capacity", "colocated_stages", "cores"):
+        below: Any = {name: 0}
         with pytest.raises(ValueError, match="at least 1"):
-            ComputeWorker(fake, **settings)
+            ComputeWorker(fake, **below)
 
 
 @pytest.mark.parametrize(

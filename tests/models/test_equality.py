@@ -35,7 +35,9 @@ def reference(
         extra = {} if types is None else {"token_type_ids": types[index][None]}
         with torch.no_grad():
             output = model(
-                input_ids=ids[None], attention_mask=torch.ones(1, len(ids), dtype=int), **extra
+                input_ids=ids[None],
+                attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+                **extra,
             )
         rows.append(torch.stack([output.start_logits[0], output.end_logits[0]], dim=-1))
     return torch.cat(rows).float()
@@ -190,8 +192,8 @@ def test_varlen_kernel_is_called_as_it_asks(
         assert given["max_q"] == given["max_k"] == max(lengths)
         parts = [tensor.transpose(0, 1).split(lengths, 1) for tensor in (query, key, value)]
         done = [
-            torch.nn.functional.scaled_dot_product_attention(*qkv, scale=given["scale"])
-            for qkv in zip(*parts, strict=True)
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=given["scale"])
+            for q, k, v in zip(*parts, strict=True)
         ]
         return torch.cat(done, 1).transpose(0, 1)
 

@@ -35,7 +35,7 @@ def test_fields_after_the_payload_are_read_too() -> None:
     payload = pb.ForwardRequest(payload=b"abc").SerializeToString()
     rest = pb.ForwardRequest(cancel=pb.Cancel(request_ids=["r"])).SerializeToString()
     frame = decode(payload + rest)
-    assert frame.payload == b"abc"
+    assert bytes(frame.payload) == b"abc"
     assert list(frame.message.cancel.request_ids) == ["r"]
 
 

@@ -83,7 +83,7 @@ class Head:
 
     def info(self, **changes: Any) -> pb.StageInfo:
         info = self.layers.info
-        fields = {
+        fields: dict[str, Any] = {
             "protocol_version": 1,
             "index": 0,
             "stages": 2,
@@ -218,7 +218,7 @@ async def test_more_than_the_window_is_refused_with_resource_exhausted(head: Hea
     for data in sent:
         await call.write(data)
     head.process.process.send_signal(18)
-    answers = []
+    answers: list[pb.ForwardResponse] = []
     async with asyncio.timeout(30):
         while len(answers) < len(sent):
             answers.append(await head.answers.get())
@@ -237,7 +237,7 @@ Change = Callable[[Head], bytes]
 def _batch_with(**fields: Any) -> Change:
     def change(head: Head) -> bytes:
         frame, _ = head.frame(40, [4])
-        header = {"dtype": tensor_pb2.DTYPE_FLOAT32, "shape": [4, HIDDEN]}
+        header: dict[str, Any] = {"dtype": tensor_pb2.DTYPE_FLOAT32, "shape": [4, HIDDEN]}
         overridden = {name: fields[name] for name in header if name in fields}
         frame.message.batch.hidden.CopyFrom(tensor_pb2.TensorHeader(**(header | overridden)))
         if "length" in fields:
