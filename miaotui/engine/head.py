@@ -235,6 +235,11 @@ class Head:
         except ConnectionError as error:
             if batch.batch_id in self._running:
                 self.pipeline_down(str(error))
+        except Exception:
+            # Its requests would wait for ever otherwise.
+            log.exception("stage 0 could not send batch %d", batch.batch_id)
+            batch.fail(DropCode.INTERNAL, "stage 0 failed to send a batch; see its log")
+            self.complete(batch)
 
     def _overdue(self, job: Job) -> bool:
         if job.meta.request_id not in self._requests:

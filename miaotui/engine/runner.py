@@ -63,7 +63,10 @@ class StageRunner:
                 tokens=batch.tokens,
             )
         )
-        self.observer.computed(batch, done.started, done.finished)
+        try:
+            self.observer.computed(batch, done.started, done.finished)
+        except Exception:
+            log.exception("stage %d could not report batch %d", self.stage, batch.batch_id)
 
     def _prune(self, batch: Batch, cancelled: CancelledSet) -> None:
         known = len(batch.dropped)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import grpc
 
-from miaotui.engine.batch import Batch, CancelledSet
+from miaotui.engine.batch import Batch, CancelledSet, DropCode
 from miaotui.engine.head import Head
 from miaotui.engine.runner import StageRunner
 from miaotui.engine.tensors import TensorFormatError
@@ -314,6 +314,11 @@ class Stage:
         except ConnectionError as error:
             # Stage 0 sees the break too and runs the batch's sequences again.
             log.debug("batch %d is not passed on: %s", batch.batch_id, error)
+        except Exception:
+            # The sequences are reported as failed rather than never.
+            log.exception("stage %d could not send batch %d", self.info.index, batch.batch_id)
+            batch.fail(DropCode.INTERNAL, f"stage {self.info.index} failed; see its log")
+            await self.send(batch)
 
     async def send(self, batch: Batch) -> None:
         """Sends a computed batch to the next stage; the last stage's results go to stage 0."""

@@ -45,6 +45,7 @@ class Ring:
         self.sent: list[Batch] = []
         self.cancelled: list[str] = []
         self.broken = False
+        self.fault: Exception = ConnectionError("cut")
         self.head = Head(
             _scheduler() if scheduler is None else scheduler,
             head_settings,
@@ -59,7 +60,7 @@ class Ring:
 
     async def _send(self, batch: Batch) -> None:
         if self.broken:
-            raise ConnectionError("cut")
+            raise self.fault
         self.sent.append(batch)
 
     def answer(self) -> None:
@@ -166,6 +167,16 @@ async def test_a_failing_send_counts_as_a_break() -> None:
     await _settle()
     ring.answer()
     assert (await call).logits[0][:, 0].tolist() == [5]
+
+
+async def test_a_batch_that_cannot_be_sent_fails_its_requests() -> None:
+    ring = Ring(HeadSettings(max_in_flight=3))
+    ring.broken, ring.fault = True, ValueError("a defect")
+    ring.head.pipeline_up()
+    with pytest.raises(ComputeError, match="failed to send"):
+        await ring.head.infer("r", [(_ids(5), None)])
+    assert ring.head.ready
+    assert ring.head.running_sequences == 0
 
 
 async def test_a_pipeline_that_breaks_again_and_again_fails_the_request() -> None:
