@@ -97,6 +97,7 @@ class Supervisor:
         self._output = output
         self._grace = grace
         self._stopping = False
+        self.started = False
         self._tasks: dict[_Child, asyncio.Task[None]] = {}
         self._watch: asyncio.Task[None] | None = None
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -134,6 +135,8 @@ class Supervisor:
                     raise StartError(_late(waiting, timeout))
                 status.update(f"waiting for {', '.join(c.service.name for c in waiting)} …")
                 await asyncio.sleep(_POLL_SECONDS)
+        # For good: a service that is away for a moment later is not a failed start.
+        self.started = True
 
     async def stop(self) -> None:
         """Stops all services in order; kills those that do not stop within the grace."""

@@ -47,7 +47,7 @@ async def _run(layout: Layout, plan: Plan, console: Console) -> int:
         await asyncio.wait([work, interrupted], return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             return work.result()
-        return 0 if supervisor.all_ready else _INTERRUPTED
+        return 0 if supervisor.started else _INTERRUPTED
     except (StartError, AskError) as error:
         output.say(str(error), "bold red")
         return 1
