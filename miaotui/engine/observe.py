@@ -10,12 +10,15 @@ from opentelemetry.trace import Link, SpanKind
 from miaotui.engine.batch import Batch
 from miaotui.telemetry import extract_context
 
-# Spans want the time of day; the engine measures on the monotonic clock.
-_EPOCH_NS = time.time_ns() - time.monotonic_ns()
 
+def _time_of_day(*monotonic: float) -> list[int]:
+    """Readings of `time.monotonic()` as nanoseconds since the epoch, which spans want.
 
-def _nanoseconds(monotonic: float) -> int:
-    return int(monotonic * 1e9) + _EPOCH_NS
+    The two clocks drift apart, so they are compared anew each time: processes that did it
+    once, at their start, would disagree by milliseconds.
+    """
+    epoch = time.time_ns() - time.monotonic_ns()
+    return [int(reading * 1e9) + epoch for reading in monotonic]
 
 
 class StageObserver:
@@ -74,7 +77,9 @@ class StageObserver:
         # By their ids, because a span context holds a list and so cannot be hashed.
         distinct = {(parent.trace_id, parent.span_id): parent for parent in parents}
         links = [Link(parent) for parent in distinct.values() if parent.is_valid]
-        begin, end = _nanoseconds(started), _nanoseconds(finished)
+        begin, end, *arrivals = _time_of_day(
+            started, finished, *(meta.arrived for meta in batch.sequences)
+        )
         shared = self._tracer.start_span(
             f"stage {self.stage} batch",
             context=trace.set_span_in_context(trace.INVALID_SPAN),
@@ -85,7 +90,7 @@ class StageObserver:
         )
         shared.end(end)
         back = [Link(shared.get_span_context())]
-        for meta, context in zip(batch.sequences, contexts, strict=True):
+        for meta, context, arrived in zip(batch.sequences, contexts, arrivals, strict=True):
             own = {
                 **attributes,
                 "miaotui.sequence": meta.sequence,
@@ -95,7 +100,7 @@ class StageObserver:
                 f"stage {self.stage} queue",
                 context=context,
                 attributes=own,
-                start_time=_nanoseconds(meta.arrived),
+                start_time=arrived,
             )
             waited.end(begin)
             worked = self._tracer.start_span(
