@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from miaotui.engine.decode.types import DecodeSlice, SampledTokens
+
 
 class DropCode(enum.IntEnum):
     """Why a sequence left its batch; the values are gRPC's status codes."""
@@ -33,6 +35,8 @@ class SequenceMeta:
     """W3C trace context: `traceparent`, `tracestate`."""
     arrived: float = field(default_factory=time.monotonic)
     """When this stage got it (stage 0: when it was queued), on `time.monotonic()`."""
+    decode: DecodeSlice | None = None
+    """Decoders: where the tokens lie in the sequence and in the KV cache."""
 
     def expired(self) -> bool:
         """Whether nobody can use the result any more."""
@@ -75,6 +79,10 @@ class Batch:
     timings: list[StageTiming] = field(default_factory=list)
     in_flight: int = 1
     """Batches in the pipeline when this one set out; co-located stages share cores by it."""
+    released: list[int] = field(default_factory=list)
+    """Decoders: ids of sequences that have ended; what is kept for sampling them may go."""
+    sampled: list[SampledTokens] | None = None
+    """Decoders, after the last stage: one entry a sequence with `samples`; `hidden` is None."""
 
     @property
     def lengths(self) -> list[int]:

@@ -3,7 +3,7 @@
 isort:skip_file
 One stage of a pipeline-parallel model. The stages of a model form a ring:
 stage 0 (the head: embeddings, queue, scheduler) streams to stage 1, and so on;
-the last stage streams its logits straight back to the head.
+the last stage streams its logits, or the tokens that it sampled, straight back to the head.
 """
 
 from collections import abc as _abc
@@ -23,6 +23,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ModelKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ModelKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MODEL_KIND_UNSPECIFIED: _ModelKind.ValueType  # 0
+    """Never sent."""
+    MODEL_KIND_EXTRACTIVE: _ModelKind.ValueType  # 1
+    """Finds spans: Infer."""
+    MODEL_KIND_GENERATIVE: _ModelKind.ValueType  # 2
+    """Writes tokens: Generate."""
+
+class ModelKind(_ModelKind, metaclass=_ModelKindEnumTypeWrapper):
+    """What a model does."""
+
+MODEL_KIND_UNSPECIFIED: ModelKind.ValueType  # 0
+"""Never sent."""
+MODEL_KIND_EXTRACTIVE: ModelKind.ValueType  # 1
+"""Finds spans: Infer."""
+MODEL_KIND_GENERATIVE: ModelKind.ValueType  # 2
+"""Writes tokens: Generate."""
+Global___ModelKind: _TypeAlias = ModelKind  # noqa: Y015
 
 class _StageStatus:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -56,6 +80,30 @@ STAGE_STATUS_DRAINING: StageStatus.ValueType  # 4
 """Shutting down: finishes what it holds, takes nothing new."""
 Global___StageStatus: _TypeAlias = StageStatus  # noqa: Y015
 
+class _FinishReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
+    """It goes on."""
+    FINISH_REASON_STOP: _FinishReason.ValueType  # 1
+    """One of stop_token_ids was written, or the grammar is complete."""
+    FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
+    """max_tokens were written, or the model's context is full."""
+
+class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
+    """Why a text ended."""
+
+FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
+"""It goes on."""
+FINISH_REASON_STOP: FinishReason.ValueType  # 1
+"""One of stop_token_ids was written, or the grammar is complete."""
+FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
+"""max_tokens were written, or the model's context is full."""
+Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
+
 @_typing.final
 class StageInfo(_message.Message):
     """A stage's identity and configuration; neighbours compare it before they serve."""
@@ -80,6 +128,9 @@ class StageInfo(_message.Message):
     PARAMETER_BYTES_FIELD_NUMBER: _builtins.int
     MODEL_PARAMETER_BYTES_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    KV_BLOCKS_FIELD_NUMBER: _builtins.int
+    KV_BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this stream protocol."""
     index: _builtins.int
@@ -116,6 +167,12 @@ class StageInfo(_message.Message):
     """Bytes of the whole model's parameters."""
     address: _builtins.str
     """host:port under which the stage is reached."""
+    kind: Global___ModelKind.ValueType
+    """What the model does."""
+    kv_blocks: _builtins.int
+    """Decoders: KV blocks that this stage has room for; a pipeline has as many as the poorest."""
+    kv_block_tokens: _builtins.int
+    """Decoders: tokens in a KV block."""
     def __init__(
         self,
         *,
@@ -137,10 +194,13 @@ class StageInfo(_message.Message):
         parameter_bytes: _builtins.int = ...,
         model_parameter_bytes: _builtins.int = ...,
         address: _builtins.str = ...,
+        kind: Global___ModelKind.ValueType = ...,
+        kv_blocks: _builtins.int = ...,
+        kv_block_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "compute_dtype", b"compute_dtype", "device", b"device", "end_layer", b"end_layer", "first_layer", b"first_layer", "hidden_size", b"hidden_size", "index", b"index", "max_sequence_length", b"max_sequence_length", "model_fingerprint", b"model_fingerprint", "model_layers", b"model_layers", "model_name", b"model_name", "model_parameter_bytes", b"model_parameter_bytes", "model_type", b"model_type", "parameter_bytes", b"parameter_bytes", "protocol_version", b"protocol_version", "stages", b"stages", "vocab_size", b"vocab_size", "wire_dtype", b"wire_dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "compute_dtype", b"compute_dtype", "device", b"device", "end_layer", b"end_layer", "first_layer", b"first_layer", "hidden_size", b"hidden_size", "index", b"index", "kind", b"kind", "kv_block_tokens", b"kv_block_tokens", "kv_blocks", b"kv_blocks", "max_sequence_length", b"max_sequence_length", "model_fingerprint", b"model_fingerprint", "model_layers", b"model_layers", "model_name", b"model_name", "model_parameter_bytes", b"model_parameter_bytes", "model_type", b"model_type", "parameter_bytes", b"parameter_bytes", "protocol_version", b"protocol_version", "stages", b"stages", "vocab_size", b"vocab_size", "wire_dtype", b"wire_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -430,6 +490,413 @@ class InferStreamResponse(_message.Message):
 Global___InferStreamResponse: _TypeAlias = InferStreamResponse  # noqa: Y015
 
 @_typing.final
+class SamplingParams(_message.Message):
+    """How the next token is chosen. The logits pass, in this order, through bias, grammar,
+    penalties, temperature, top_k, top_p and min_p.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LogitBiasEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
+    MIN_P_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    temperature: _builtins.float
+    """0: greedy."""
+    top_k: _builtins.int
+    """Only the most probable so many; 0: all."""
+    top_p: _builtins.float
+    """Only the most probable that sum up to this; absent: 1."""
+    min_p: _builtins.float
+    """Only those at least this many times as probable as the most probable one."""
+    repetition_penalty: _builtins.float
+    """Divides (where positive) or multiplies the logits of tokens in prompt and text; absent: 1."""
+    presence_penalty: _builtins.float
+    """Subtracted from the logits of tokens in the text."""
+    frequency_penalty: _builtins.float
+    """Subtracted so many times as a token is in the text."""
+    seed: _builtins.int
+    """Equal seeds, prompts and parameters give equal tokens."""
+    logprobs: _builtins.int
+    """Log probabilities: of the chosen token and of this many of the most probable; absent: none."""
+    json_schema: _builtins.str
+    """The text must be JSON that fits this JSON schema; empty: free."""
+    @_builtins.property
+    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """Added to tokens' logits."""
+
+    def __init__(
+        self,
+        *,
+        temperature: _builtins.float = ...,
+        top_k: _builtins.int = ...,
+        top_p: _builtins.float | None = ...,
+        min_p: _builtins.float = ...,
+        repetition_penalty: _builtins.float | None = ...,
+        presence_penalty: _builtins.float = ...,
+        frequency_penalty: _builtins.float = ...,
+        seed: _builtins.int = ...,
+        logprobs: _builtins.int | None = ...,
+        logit_bias: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
+        json_schema: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_repetition_penalty", b"_repetition_penalty", "_top_p", b"_top_p", "logprobs", b"logprobs", "repetition_penalty", b"repetition_penalty", "top_p", b"top_p"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_repetition_penalty", b"_repetition_penalty", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "json_schema", b"json_schema", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
+    _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
+    _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
+    _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
+    _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
+
+Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
+
+@_typing.final
+class GenerateRequest(_message.Message):
+    """A prompt to be continued."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    INPUT_IDS_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
+    DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Identifies the request at every stage."""
+    input_ids: _builtins.bytes
+    """The prompt, little-endian int32, one a token."""
+    max_tokens: _builtins.int
+    """Most tokens to write; 0: as many as the model's context has room for."""
+    n: _builtins.int
+    """How many texts; 0 is 1. Text i is sampled with seed + i."""
+    draft_tokens: _builtins.int
+    """Most tokens guessed ahead from the prompt (prompt-lookup decoding) a step; absent: the
+    server's default; 0: none. The text is the same whatever this says.
+    """
+    @_builtins.property
+    def sampling(self) -> Global___SamplingParams:
+        """How tokens are chosen."""
+
+    @_builtins.property
+    def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens that end the text; the one that did is the last that is sent."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        input_ids: _builtins.bytes = ...,
+        sampling: Global___SamplingParams | None = ...,
+        max_tokens: _builtins.int = ...,
+        stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        n: _builtins.int = ...,
+        draft_tokens: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_draft_tokens", b"_draft_tokens", "draft_tokens", b"draft_tokens", "sampling", b"sampling"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_draft_tokens", b"_draft_tokens", "draft_tokens", b"draft_tokens", "input_ids", b"input_ids", "max_tokens", b"max_tokens", "n", b"n", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__draft_tokens: _TypeAlias = _typing.Literal["draft_tokens"]  # noqa: Y015
+    _WhichOneofArgType__draft_tokens: _TypeAlias = _typing.Literal["_draft_tokens", b"_draft_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__draft_tokens) -> _WhichOneofReturnType__draft_tokens | None: ...
+
+Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class TokenLogprob(_message.Message):
+    """A candidate for one place."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    logprob: _builtins.float
+    """Natural logarithm of its probability, before temperature and the filters."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
+
+@_typing.final
+class PlaceLogprobs(_message.Message):
+    """Log probabilities of one place."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chosen(self) -> Global___TokenLogprob:
+        """The chosen token's."""
+
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The most probable ones', best first."""
+
+    def __init__(
+        self,
+        *,
+        chosen: Global___TokenLogprob | None = ...,
+        top: _abc.Iterable[Global___TokenLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlaceLogprobs: _TypeAlias = PlaceLogprobs  # noqa: Y015
+
+@_typing.final
+class TextDelta(_message.Message):
+    """New tokens of one text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Which of the request's n texts."""
+    token_ids: _builtins.bytes
+    """Little-endian int32, one a token."""
+    finish_reason: Global___FinishReason.ValueType
+    """Set on a text's last delta."""
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlaceLogprobs]:
+        """One a token, where asked for."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        token_ids: _builtins.bytes = ...,
+        logprobs: _abc.Iterable[Global___PlaceLogprobs] | None = ...,
+        finish_reason: Global___FinishReason.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TextDelta: _TypeAlias = TextDelta  # noqa: Y015
+
+@_typing.final
+class GenerationUsage(_message.Message):
+    """What a request cost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
+    QUEUE_MICROS_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    """Tokens of the prompt."""
+    cached_tokens: _builtins.int
+    """Of these, tokens whose keys and values were there already (prefix cache)."""
+    completion_tokens: _builtins.int
+    """Tokens written, of all texts."""
+    drafted_tokens: _builtins.int
+    """Tokens guessed ahead."""
+    accepted_tokens: _builtins.int
+    """Of these, those that were right."""
+    queue_micros: _builtins.int
+    """From arrival to the first batch, in microseconds."""
+    preemptions: _builtins.int
+    """How often a text gave its KV blocks up to others and was computed again."""
+    def __init__(
+        self,
+        *,
+        prompt_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        completion_tokens: _builtins.int = ...,
+        drafted_tokens: _builtins.int = ...,
+        accepted_tokens: _builtins.int = ...,
+        queue_micros: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_tokens", b"accepted_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "drafted_tokens", b"drafted_tokens", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "queue_micros", b"queue_micros"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerationUsage: _TypeAlias = GenerationUsage  # noqa: Y015
+
+@_typing.final
+class GenerateResponse(_message.Message):
+    """New tokens of a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DELTAS_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def deltas(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextDelta]:
+        """Texts that grew."""
+
+    @_builtins.property
+    def usage(self) -> Global___GenerationUsage:
+        """On the last response."""
+
+    def __init__(
+        self,
+        *,
+        deltas: _abc.Iterable[Global___TextDelta] | None = ...,
+        usage: Global___GenerationUsage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas", b"deltas", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class GenerateStreamRequest(_message.Message):
+    """A call of Generate on a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def call(self) -> _calls_pb2.CallHeader:
+        """Which call, its deadline and trace."""
+
+    @_builtins.property
+    def request(self) -> Global___GenerateRequest:
+        """Absent where the call is cancelled."""
+
+    def __init__(
+        self,
+        *,
+        call: _calls_pb2.CallHeader | None = ...,
+        request: Global___GenerateRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateStreamRequest: _TypeAlias = GenerateStreamRequest  # noqa: Y015
+
+@_typing.final
+class GenerateCallUpdate(_message.Message):
+    """One call's news."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    call_id: _builtins.int
+    """Which call."""
+    @_builtins.property
+    def response(self) -> Global___GenerateResponse:
+        """New tokens; may be absent where the call has ended."""
+
+    @_builtins.property
+    def ended(self) -> _calls_pb2.CallStatus:
+        """Present where the call has ended, and how."""
+
+    def __init__(
+        self,
+        *,
+        call_id: _builtins.int = ...,
+        response: Global___GenerateResponse | None = ...,
+        ended: _calls_pb2.CallStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "ended", b"ended", "response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateCallUpdate: _TypeAlias = GenerateCallUpdate  # noqa: Y015
+
+@_typing.final
+class GenerateStreamResponse(_message.Message):
+    """News of any number of calls."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UPDATES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def updates(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerateCallUpdate]:
+        """At most one a call."""
+
+    def __init__(
+        self,
+        *,
+        updates: _abc.Iterable[Global___GenerateCallUpdate] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["updates", b"updates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateStreamResponse: _TypeAlias = GenerateStreamResponse  # noqa: Y015
+
+@_typing.final
 class ForwardRequest(_message.Message):
     """A frame from a stage to the next. A tensor's bytes travel in `payload`, the
     message's last field, so that a sender can append them and a receiver can read
@@ -522,6 +989,7 @@ class SequenceMeta(_message.Message):
     TIMEOUT_MICROS_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     TRACESTATE_FIELD_NUMBER: _builtins.int
+    DECODE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request it belongs to."""
     sequence: _builtins.int
@@ -536,6 +1004,10 @@ class SequenceMeta(_message.Message):
     """W3C trace context."""
     tracestate: _builtins.str
     """W3C trace state."""
+    @_builtins.property
+    def decode(self) -> Global___DecodeSlice:
+        """Decoders: where the tokens lie in the sequence and in the KV cache."""
+
     def __init__(
         self,
         *,
@@ -545,14 +1017,131 @@ class SequenceMeta(_message.Message):
         timeout_micros: _builtins.int = ...,
         traceparent: _builtins.str = ...,
         tracestate: _builtins.str = ...,
+        decode: Global___DecodeSlice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "request_id", b"request_id", "sequence", b"sequence", "timeout_micros", b"timeout_micros", "traceparent", b"traceparent", "tracestate", b"tracestate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "length", b"length", "request_id", b"request_id", "sequence", b"sequence", "timeout_micros", b"timeout_micros", "traceparent", b"traceparent", "tracestate", b"tracestate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SequenceMeta: _TypeAlias = SequenceMeta  # noqa: Y015
+
+@_typing.final
+class DecodeSlice(_message.Message):
+    """A decoder's share of a sequence in one batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
+    BEGIN_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.int
+    """Names the sequence for as long as it computes; unique for stage 0's lifetime. A sequence
+    that starts again (preemption, a stage's restart) gets a new id.
+    """
+    start: _builtins.int
+    """Position in the sequence of the first of its tokens in this batch."""
+    blocks: _builtins.bytes
+    """The sequence's KV block table, little-endian int32, from its first token to its last."""
+    samples: _builtins.int
+    """At so many of its last positions in this batch, a token is sampled: 0 while more of the
+    prompt follows, 1 in plain decoding, 1 + the number of `draft` tokens when they are verified.
+    """
+    draft: _builtins.bytes
+    """The tokens guessed ahead, little-endian int32: the slice's last tokens."""
+    @_builtins.property
+    def begin(self) -> Global___SequenceStart:
+        """On a sequence's first slice only."""
+
+    def __init__(
+        self,
+        *,
+        sequence_id: _builtins.int = ...,
+        start: _builtins.int = ...,
+        blocks: _builtins.bytes = ...,
+        samples: _builtins.int = ...,
+        draft: _builtins.bytes = ...,
+        begin: Global___SequenceStart | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "blocks", b"blocks", "draft", b"draft", "samples", b"samples", "sequence_id", b"sequence_id", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecodeSlice: _TypeAlias = DecodeSlice  # noqa: Y015
+
+@_typing.final
+class SequenceStart(_message.Message):
+    """What the last stage must know to sample for a sequence."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    WRITTEN_FIELD_NUMBER: _builtins.int
+    prompt: _builtins.bytes
+    """Tokens of the prompt, little-endian int32; empty where nothing in `sampling` needs them."""
+    written: _builtins.bytes
+    """Tokens written before the sequence started again, likewise; never left out."""
+    @_builtins.property
+    def sampling(self) -> Global___SamplingParams:
+        """How."""
+
+    def __init__(
+        self,
+        *,
+        sampling: Global___SamplingParams | None = ...,
+        prompt: _builtins.bytes = ...,
+        written: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling", "written", b"written"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SequenceStart: _TypeAlias = SequenceStart  # noqa: Y015
+
+@_typing.final
+class SampledTokens(_message.Message):
+    """What was sampled for a sequence."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.int
+    """Which."""
+    token_ids: _builtins.bytes
+    """The draft's tokens that were right, then one more; little-endian int32."""
+    complete: _builtins.bool
+    """Whether the grammar is complete: nothing may follow."""
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlaceLogprobs]:
+        """One a token, where asked for."""
+
+    def __init__(
+        self,
+        *,
+        sequence_id: _builtins.int = ...,
+        token_ids: _builtins.bytes = ...,
+        logprobs: _abc.Iterable[Global___PlaceLogprobs] | None = ...,
+        complete: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "logprobs", b"logprobs", "sequence_id", b"sequence_id", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampledTokens: _TypeAlias = SampledTokens  # noqa: Y015
 
 @_typing.final
 class DroppedSequence(_message.Message):
@@ -601,6 +1190,7 @@ class Batch(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     IN_FLIGHT_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    RELEASED_FIELD_NUMBER: _builtins.int
     batch_id: _builtins.int
     """Counts up from 1 for the lifetime of stage 0."""
     in_flight: _builtins.int
@@ -625,6 +1215,10 @@ class Batch(_message.Message):
     def timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTiming]:
         """Where the batch spent its time so far."""
 
+    @_builtins.property
+    def released(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Decoders: sequences that have ended; what is kept for sampling them may go."""
+
     def __init__(
         self,
         *,
@@ -635,10 +1229,11 @@ class Batch(_message.Message):
         timings: _abc.Iterable[Global___StageTiming] | None = ...,
         in_flight: _builtins.int = ...,
         payload_bytes: _builtins.int = ...,
+        released: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id", "dropped", b"dropped", "hidden", b"hidden", "in_flight", b"in_flight", "payload_bytes", b"payload_bytes", "sequences", b"sequences", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id", "dropped", b"dropped", "hidden", b"hidden", "in_flight", b"in_flight", "payload_bytes", b"payload_bytes", "released", b"released", "sequences", b"sequences", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -696,7 +1291,7 @@ Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
 class Results(_message.Message):
-    """A batch's logits: `logits` is float32 [tokens, 2] (start, end)."""
+    """A batch's results. Extractive: `logits` is float32 [tokens, 2] (start, end)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -706,6 +1301,7 @@ class Results(_message.Message):
     DROPPED_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    SAMPLED_FIELD_NUMBER: _builtins.int
     batch_id: _builtins.int
     """The batch."""
     payload_bytes: _builtins.int
@@ -726,6 +1322,10 @@ class Results(_message.Message):
     def timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTiming]:
         """Where the batch spent its time."""
 
+    @_builtins.property
+    def sampled(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampledTokens]:
+        """Decoders: the tokens sampled, one entry a sequence with `samples`; there are no logits then."""
+
     def __init__(
         self,
         *,
@@ -735,10 +1335,11 @@ class Results(_message.Message):
         dropped: _abc.Iterable[Global___DroppedSequence] | None = ...,
         timings: _abc.Iterable[Global___StageTiming] | None = ...,
         payload_bytes: _builtins.int = ...,
+        sampled: _abc.Iterable[Global___SampledTokens] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["logits", b"logits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id", "dropped", b"dropped", "logits", b"logits", "payload_bytes", b"payload_bytes", "sequences", b"sequences", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id", "dropped", b"dropped", "logits", b"logits", "payload_bytes", b"payload_bytes", "sampled", b"sampled", "sequences", b"sequences", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

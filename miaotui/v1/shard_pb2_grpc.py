@@ -50,6 +50,16 @@ class ShardServiceStub:
                 request_serializer=miaotui_dot_v1_dot_shard__pb2.InferStreamRequest.SerializeToString,
                 response_deserializer=miaotui_dot_v1_dot_shard__pb2.InferStreamResponse.FromString,
                 _registered_method=True)
+        self.Generate = channel.unary_stream(
+                '/miaotui.v1.ShardService/Generate',
+                request_serializer=miaotui_dot_v1_dot_shard__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=miaotui_dot_v1_dot_shard__pb2.GenerateResponse.FromString,
+                _registered_method=True)
+        self.GenerateStream = channel.stream_stream(
+                '/miaotui.v1.ShardService/GenerateStream',
+                request_serializer=miaotui_dot_v1_dot_shard__pb2.GenerateStreamRequest.SerializeToString,
+                response_deserializer=miaotui_dot_v1_dot_shard__pb2.GenerateStreamResponse.FromString,
+                _registered_method=True)
         self.Forward = channel.stream_stream(
                 '/miaotui.v1.ShardService/Forward',
                 request_serializer=miaotui_dot_v1_dot_shard__pb2.ForwardRequest.SerializeToString,
@@ -85,6 +95,22 @@ class ShardServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Generate(self, request, context):
+        """The tokens that a decoder writes after a prompt, as they come. Stage 0 of a decoder only;
+        errors as for Infer. The call's deadline and cancellation end the work.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateStream(self, request_iterator, context):
+        """Generate, many times on one stream: what the gateway uses. The tokens of one step of all
+        of a stream's calls come in one message.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Forward(self, request_iterator, context):
         """Stage to next stage, one long-lived stream a link. The first request must be
         a Hello, answered by a Welcome, or by FAILED_PRECONDITION with the reason why
@@ -111,6 +137,16 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.InferStream,
                     request_deserializer=miaotui_dot_v1_dot_shard__pb2.InferStreamRequest.FromString,
                     response_serializer=miaotui_dot_v1_dot_shard__pb2.InferStreamResponse.SerializeToString,
+            ),
+            'Generate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=miaotui_dot_v1_dot_shard__pb2.GenerateRequest.FromString,
+                    response_serializer=miaotui_dot_v1_dot_shard__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateStream,
+                    request_deserializer=miaotui_dot_v1_dot_shard__pb2.GenerateStreamRequest.FromString,
+                    response_serializer=miaotui_dot_v1_dot_shard__pb2.GenerateStreamResponse.SerializeToString,
             ),
             'Forward': grpc.stream_stream_rpc_method_handler(
                     servicer.Forward,
@@ -200,6 +236,60 @@ class ShardService:
             '/miaotui.v1.ShardService/InferStream',
             miaotui_dot_v1_dot_shard__pb2.InferStreamRequest.SerializeToString,
             miaotui_dot_v1_dot_shard__pb2.InferStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/miaotui.v1.ShardService/Generate',
+            miaotui_dot_v1_dot_shard__pb2.GenerateRequest.SerializeToString,
+            miaotui_dot_v1_dot_shard__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/miaotui.v1.ShardService/GenerateStream',
+            miaotui_dot_v1_dot_shard__pb2.GenerateStreamRequest.SerializeToString,
+            miaotui_dot_v1_dot_shard__pb2.GenerateStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

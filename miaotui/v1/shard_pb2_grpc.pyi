@@ -3,7 +3,7 @@
 isort:skip_file
 One stage of a pipeline-parallel model. The stages of a model form a ring:
 stage 0 (the head: embeddings, queue, scheduler) streams to stage 1, and so on;
-the last stage streams its logits straight back to the head.
+the last stage streams its logits, or the tokens that it sampled, straight back to the head.
 """
 
 from collections import abc as _abc
@@ -46,6 +46,14 @@ class ShardServiceStub:
     """
     InferStream: _grpc.StreamStreamMultiCallable[_shard_pb2.InferStreamRequest, _shard_pb2.InferStreamResponse]
     """Infer, many times on one stream: what the gateway uses. Answers come in any order."""
+    Generate: _grpc.UnaryStreamMultiCallable[_shard_pb2.GenerateRequest, _shard_pb2.GenerateResponse]
+    """The tokens that a decoder writes after a prompt, as they come. Stage 0 of a decoder only;
+    errors as for Infer. The call's deadline and cancellation end the work.
+    """
+    GenerateStream: _grpc.StreamStreamMultiCallable[_shard_pb2.GenerateStreamRequest, _shard_pb2.GenerateStreamResponse]
+    """Generate, many times on one stream: what the gateway uses. The tokens of one step of all
+    of a stream's calls come in one message.
+    """
     Forward: _grpc.StreamStreamMultiCallable[_shard_pb2.ForwardRequest, _shard_pb2.ForwardResponse]
     """Stage to next stage, one long-lived stream a link. The first request must be
     a Hello, answered by a Welcome, or by FAILED_PRECONDITION with the reason why
@@ -67,6 +75,14 @@ class ShardServiceAsyncStub(ShardServiceStub):
     """
     InferStream: _aio.StreamStreamMultiCallable[_shard_pb2.InferStreamRequest, _shard_pb2.InferStreamResponse]  # type: ignore[assignment]
     """Infer, many times on one stream: what the gateway uses. Answers come in any order."""
+    Generate: _aio.UnaryStreamMultiCallable[_shard_pb2.GenerateRequest, _shard_pb2.GenerateResponse]  # type: ignore[assignment]
+    """The tokens that a decoder writes after a prompt, as they come. Stage 0 of a decoder only;
+    errors as for Infer. The call's deadline and cancellation end the work.
+    """
+    GenerateStream: _aio.StreamStreamMultiCallable[_shard_pb2.GenerateStreamRequest, _shard_pb2.GenerateStreamResponse]  # type: ignore[assignment]
+    """Generate, many times on one stream: what the gateway uses. The tokens of one step of all
+    of a stream's calls come in one message.
+    """
     Forward: _aio.StreamStreamMultiCallable[_shard_pb2.ForwardRequest, _shard_pb2.ForwardResponse]  # type: ignore[assignment]
     """Stage to next stage, one long-lived stream a link. The first request must be
     a Hello, answered by a Welcome, or by FAILED_PRECONDITION with the reason why
@@ -103,6 +119,26 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_shard_pb2.InferStreamResponse], _abc.AsyncIterator[_shard_pb2.InferStreamResponse]]:
         """Infer, many times on one stream: what the gateway uses. Answers come in any order."""
+
+    @_abc_1.abstractmethod
+    def Generate(
+        self,
+        request: _shard_pb2.GenerateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_shard_pb2.GenerateResponse], _abc.AsyncIterator[_shard_pb2.GenerateResponse]]:
+        """The tokens that a decoder writes after a prompt, as they come. Stage 0 of a decoder only;
+        errors as for Infer. The call's deadline and cancellation end the work.
+        """
+
+    @_abc_1.abstractmethod
+    def GenerateStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_shard_pb2.GenerateStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_shard_pb2.GenerateStreamResponse], _abc.AsyncIterator[_shard_pb2.GenerateStreamResponse]]:
+        """Generate, many times on one stream: what the gateway uses. The tokens of one step of all
+        of a stream's calls come in one message.
+        """
 
     @_abc_1.abstractmethod
     def Forward(

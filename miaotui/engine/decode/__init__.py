@@ -1,0 +1,1 @@
+"""Generation: sequences that grow token by token over a paged KV cache."""
