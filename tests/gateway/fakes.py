@@ -18,8 +18,11 @@ from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import shard_pb2_grpc, tokenizer_pb2_grpc
 from miaotui.v1 import tensor_pb2 as tensor_pb
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
-from services.rpc.calls import CallServer
+from miaotui.v1.calls_pb2 import CallHeader
+from services.rpc.calls import CallContext, CallError, CallServer
 from services.rpc.server import RpcServer
+from services.rpc.streaming import SingleCall, StreamedCallServer
+from tests.gateway.writer import FakeWriter
 
 ROOM = 64
 STRIDE = 16
@@ -155,6 +158,7 @@ class FakeShard(shard_pb2_grpc.ShardServiceServicer):
         self.index = 0
         self.describe_delays: list[float] = []
         self.described = 0
+        self.writer = FakeWriter()
 
     async def Describe(self, request: Any, context: Context) -> Any:
         self.described += 1
@@ -201,6 +205,27 @@ class FakeShard(shard_pb2_grpc.ShardServiceServicer):
             "miaotui.v1.ShardService/Infer",
             self.Infer,
             lambda status, response: shard_pb.InferStreamResponse(call=status, response=response),
+        )
+        await server.serve(request_iterator, context)
+
+    async def Generate(self, request: Any, context: Context) -> Any:
+        call = SingleCall()
+        call.cancel = self.writer.start(request, CallContext(CallHeader()), call)
+        try:
+            async for response in call:
+                yield response
+        except CallError as error:
+            await context.abort(error.code, error.details)
+        finally:
+            call.cancel()
+
+    async def GenerateStream(  # type: ignore[override]
+        self, request_iterator: Any, context: Context
+    ) -> None:
+        server = StreamedCallServer(
+            "miaotui.v1.ShardService/Generate",
+            self.writer.start,
+            shard_pb.GenerateStreamResponse,
         )
         await server.serve(request_iterator, context)
 
