@@ -194,10 +194,12 @@ class Cluster:
         tokenizer_env: Mapping[str, str] | None = None,
         gateway_env: Mapping[str, str] | None = None,
         only_shards: bool = False,
+        generative: bool = False,
     ) -> None:
         """`stage_env`: what only one stage gets. `otlp`: host:port of a trace collector.
 
-        With `only_shards`, the shards alone are started, and nothing is waited for.
+        With `only_shards`, the shards alone are started, and nothing is waited for. With
+        `generative`, the model is a decoder: the gateway writes text and reads no spans.
         """
         self.model = model
         self.stage_targets = [f"127.0.0.1:{free_port()}" for _ in range(stages)]
@@ -240,8 +242,10 @@ class Cluster:
                 **traces,
                 "MIAOTUI_GATEWAY_HTTP_LISTEN": http,
                 "MIAOTUI_GATEWAY_GRPC_LISTEN": self.grpc_target,
-                "MIAOTUI_GATEWAY_TOKENIZER": self.tokenizer_target,
-                "MIAOTUI_GATEWAY_SHARD": self.stage_targets[0],
+                "MIAOTUI_GATEWAY_TOKENIZER": "" if generative else self.tokenizer_target,
+                "MIAOTUI_GATEWAY_SHARD": "" if generative else self.stage_targets[0],
+                "MIAOTUI_GATEWAY_GENERATOR_TOKENIZER": self.tokenizer_target if generative else "",
+                "MIAOTUI_GATEWAY_GENERATOR_SHARD": self.stage_targets[0] if generative else "",
                 **({"REDIS_URL": redis_url} if redis_url else {}),
                 **(gateway_env or {}),
             },

@@ -8,13 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY, LAYERS, HIDDEN, CONTEXT = 8192, 12, 512, 2048
 
 
 def make_decoder(directory: Path, *, copying: bool = False) -> None:
-    """Write a Llama of 43 million parameters with random weights, without a tokenizer.
+    """Write a Llama of 43 million parameters with random weights, and a tokenizer of its ids.
 
     With `copying`, layers add next to nothing and the head sends every token to the next id of
     a cycle of 8, so that the text repeats itself and prompt lookup can guess it: how fast a
@@ -45,6 +52,10 @@ def make_decoder(directory: Path, *, copying: bool = False) -> None:
             table.normal_()
             model.lm_head.weight[following] = table.clone()
     model.save_pretrained(directory)
+    words = Tokenizer(WordLevel({f" w{number}": number for number in range(VOCABULARY)}, " w0"))
+    words.pre_tokenizer = pre_tokenizers.Split(" w", "merged_with_next")
+    words.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory)
 
 
 def prompts(count: int, tokens: int, *, seed: int, copying: bool = False) -> list[list[int]]:

@@ -1,0 +1,112 @@
+"""Generation through the whole product against transformers' `generate`, in turns.
+
+Every stream has a prompt of its own; both sides decode greedily and write equally many tokens,
+prefill included, without stop tokens. Prompt lookup is off: random weights repeat themselves
+sooner than language does, and guessing would flatter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from tests.bench.decoders import TransformersDecoder, make_decoder, prompts
+from tests.bench.figures import Figure
+from tests.processes import Cluster
+
+PROMPT_TOKENS = 64
+NO_DRAFTS = {"MIAOTUI_SHARD_DRAFT_TOKENS": "0"}
+
+
+class Client:
+    """Streams completions over plain sockets: httpx would cost as much as the product."""
+
+    def __init__(self, url: str, model: str) -> None:
+        host, _, port = url.removeprefix("http://").rpartition(":")
+        self._host, self._port, self._model = host, int(port), model
+
+    async def events(self, prompt: Sequence[int], tokens: int) -> AsyncIterator[bytes]:
+        """The server-sent events of one streamed completion."""
+        body = json.dumps(
+            {
+                "model": self._model,
+                "prompt": list(prompt),
+                "max_tokens": tokens,
+                "temperature": 0,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+        ).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        reader, writer = await asyncio.open_connection(self._host, self._port, limit=1 << 20)
+        try:
+            writer.write(head.encode() + body)
+            status = await reader.readline()
+            if b" 200 " not in status:
+                raise RuntimeError(f"{status!r}: {(await reader.read())[-2000:]!r}")
+            async for line in reader:
+                if line.startswith(b"data: {"):
+                    yield line[6:]
+        finally:
+            writer.close()
+
+    async def complete(self, prompt: Sequence[int], tokens: int) -> list[float]:
+        """When each event came (`time.perf_counter()`); fails where tokens are missing."""
+        times: list[float] = []
+        last = b"{}"
+        async for event in self.events(prompt, tokens):
+            times.append(time.perf_counter())
+            last = event
+        written = json.loads(last)["usage"]["completion_tokens"]
+        if written != tokens:
+            raise RuntimeError(f"{written} tokens were written instead of {tokens}")
+        return times
+
+    async def rate(self, batch: Sequence[Sequence[int]], tokens: int) -> float:
+        """Tokens a second of concurrent streams, from the first request to the last token."""
+        started = time.perf_counter()
+        await asyncio.gather(*(self.complete(prompt, tokens) for prompt in batch))
+        return len(batch) * tokens / (time.perf_counter() - started)
+
+
+async def compare(
+    client: Client, peer: TransformersDecoder, streams: int, tokens: int, turns: int, seed: int
+) -> Figure:
+    """Tokens a second of `streams` concurrent streams over HTTP against one batch of `generate`."""
+    ours: list[float] = []
+    theirs: list[float] = []
+    for turn in range(turns + 1):
+        batch = prompts(streams, PROMPT_TOKENS, seed=seed * 1000 + streams * 10 + turn)
+        rate = await client.rate(batch, tokens)
+        _, peer_rate = await asyncio.to_thread(peer.generate, batch, tokens)
+        if turn:  # the first warms both up
+            ours.append(rate)
+            theirs.append(peer_rate)
+    return Figure(
+        f"tokens a second, {streams} streams",
+        statistics.median(ours),
+        statistics.median(theirs),
+        "transformers generate, one batch",
+        "1/s",
+    )
+
+
+async def measure_generation(stages: int, quick: bool) -> list[Figure]:
+    """Throughput of 1, 8 and 32 streams over a ring of `stages`."""
+    with tempfile.TemporaryDirectory() as directory:
+        model = Path(directory) / "decoder"
+        make_decoder(model)
+        peer = TransformersDecoder(model)
+        async with Cluster(model, generative=True, stages=stages, shard_env=NO_DRAFTS) as cluster:
+            client = Client(cluster.url, model.name)
+            tokens, turns = (32, 1) if quick else (96, 3)
+            return [
+                await compare(client, peer, streams, tokens, turns, seed=stages)
+                for streams in (1, 8, 32)
+            ]
