@@ -1,0 +1,133 @@
+"""Generation over a slow link: two stages on two hosts with 20 ms between them.
+
+What a pipeline gains from many streams, and from guessing ahead, where every token costs a
+round trip. Hosts are network namespaces (tests/namespaces.py), so this needs root.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from miaotui.v1 import shard_pb2 as pb
+from miaotui.v1 import shard_pb2_grpc
+from services.rpc.channel import open_channel
+from services.rpc.streaming import ServerStreamCalls
+from tests.bench.decoders import make_decoder, prompts
+from tests.bench.figures import Figure
+from tests.namespaces import Hosts
+from tests.processes import ServiceProcess
+
+DELAY_SECONDS = 0.02
+PORT = 50060
+_START_SECONDS = 120.0
+
+
+Calls = ServerStreamCalls[pb.GenerateRequest, pb.GenerateResponse]
+
+
+class SlowRing:
+    """Two stages of a decoder on two hosts; this process speaks to stage 0 without delay."""
+
+    def __init__(self, model: Path, hosts: Hosts, logs: Path) -> None:
+        stages = [hosts.inside(0, seen_from=1), hosts.inside(1, seen_from=0)]
+        self.target = f"{hosts.outside(0)}:{PORT}"
+        self._processes = [
+            ServiceProcess(
+                f"stage-{index}",
+                hosts.command(index, [sys.executable, "-m", "services.shard"]),
+                {
+                    "MIAOTUI_SHARD_MODEL": str(model),
+                    "MIAOTUI_SHARD_STAGE": str(index),
+                    "MIAOTUI_SHARD_STAGES": ",".join(f"{host}:{PORT}" for host in stages),
+                    "MIAOTUI_SHARD_LISTEN": f"0.0.0.0:{PORT}",
+                    "MIAOTUI_SHARD_DTYPE": "float32",
+                },
+                logs / f"stage-{index}.log",
+            )
+            for index in range(2)
+        ]
+
+    async def __aenter__(self) -> Calls:
+        for process in self._processes:
+            process.start()
+        self._channel = open_channel(self.target)
+        stub = shard_pb2_grpc.ShardServiceStub(self._channel)
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                state = await stub.Describe(
+                    pb.ShardServiceDescribeRequest(), timeout=5, wait_for_ready=True
+                )
+                if state.status == pb.STAGE_STATUS_SERVING:
+                    break
+            except Exception:
+                if time.monotonic() > deadline:
+                    raise
+            logs = "\n".join(process.tail() for process in self._processes)
+            assert all(process.alive for process in self._processes), logs
+            assert time.monotonic() < deadline, logs
+            await asyncio.sleep(0.2)
+        self._calls: Calls = ServerStreamCalls(
+            stub.GenerateStream,
+            lambda call, request: pb.GenerateStreamRequest(call=call, request=request),
+        )
+        return self._calls
+
+    async def __aexit__(self, *_: object) -> None:
+        self._calls.close()
+        await self._channel.close()
+        for process in self._processes:
+            process.stop()
+
+
+async def rate(calls: Calls, batch: Sequence[Sequence[int]], tokens: int, drafts: int) -> float:
+    """Tokens a second of concurrent greedy streams, from the first request to the last token."""
+
+    async def write(prompt: Sequence[int]) -> None:
+        request = pb.GenerateRequest(
+            input_ids=np.asarray(prompt, "<i4").tobytes(), max_tokens=tokens, draft_tokens=drafts
+        )
+        written = 0
+        async for response in calls(request, timeout=120):
+            written += sum(len(delta.token_ids) // 4 for delta in response.deltas)
+        if written != tokens:
+            raise RuntimeError(f"{written} tokens were written instead of {tokens}")
+
+    started = time.perf_counter()
+    await asyncio.gather(*(write(prompt) for prompt in batch))
+    return len(batch) * tokens / (time.perf_counter() - started)
+
+
+async def measure_links(quick: bool) -> list[Figure]:
+    """What streams and guesses gain over 20 ms between two stages."""
+    turns, tokens = (1, 24) if quick else (3, 64)
+    figures = []
+    with tempfile.TemporaryDirectory() as directory, Hosts(2) as hosts:
+        model = Path(directory) / "copying"
+        make_decoder(model, copying=True)
+        async with SlowRing(model, hosts, Path(directory)) as calls:
+            hosts.delay(0, DELAY_SECONDS)
+
+            async def median(streams: int, drafts: int, seed: int) -> float:
+                rates = []
+                for turn in range(turns + 1):
+                    batch = prompts(streams, 64, seed=seed + turn, copying=True)
+                    rates.append(await rate(calls, batch, tokens, drafts))
+                return statistics.median(rates[1:])
+
+            one = await median(1, 0, seed=100)
+            many = await median(16, 0, seed=200)
+            guessed = await median(1, 8, seed=300)
+            figures = [
+                Figure("20 ms between stages: 16 streams", many, one, "one stream", "1/s"),
+                Figure("20 ms between stages: prompt lookup", guessed, one, "without", "1/s"),
+            ]
+    return figures
