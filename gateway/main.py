@@ -24,6 +24,7 @@ from gateway.settings import GatewaySettings, split_listen
 from gateway.upstream import Upstream
 from miaotui.telemetry import setup_logging, setup_telemetry
 from services.rpc.server import AddressInUseError, RpcServer, run, stop_event
+from services.rpc.tls import CERTIFICATE, KEY
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def _bind(listen: str) -> socket.socket:
 
 
 def _http_server(app: ASGIApp, settings: GatewaySettings) -> uvicorn.Server:
+    tls = settings.tls_dir if settings.https else None
     config = uvicorn.Config(
         app,
         loop="none",
@@ -77,6 +79,8 @@ def _http_server(app: ASGIApp, settings: GatewaySettings) -> uvicorn.Server:
         proxy_headers=False,
         timeout_keep_alive=60,
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
+        ssl_certfile=tls / CERTIFICATE if tls else None,
+        ssl_keyfile=tls / KEY if tls else None,
     )
     server = uvicorn.Server(config)
     # One handler of ours stops both servers.
@@ -118,7 +122,8 @@ async def serve_gateway(settings: GatewaySettings) -> None:
         await rpc.set_serving(True)
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         host, port = listener.getsockname()[:2]
-        log.info("HTTP on http://%s:%d, gRPC on port %d", host, port, rpc.port)
+        scheme = "https" if settings.https else "http"
+        log.info("HTTP on %s://%s:%d, gRPC on port %d", scheme, host, port, rpc.port)
         await stopping.wait()
         log.info("stopping: finishing running requests for up to %g s", settings.drain_seconds)
         http.should_exit = True

@@ -6,13 +6,15 @@ import secrets
 from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
+
+from services.rpc.tls import TlsSettings
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Positive = Annotated[int, Field(gt=0)]
 
 
-class GatewaySettings(BaseSettings):
+class GatewaySettings(TlsSettings):
     """Everything that an operator can set; each has an environment variable of its name."""
 
     model_config = SettingsConfigDict(
@@ -71,6 +73,10 @@ class GatewaySettings(BaseSettings):
         description="keys the cache's hashes; gateways that share a cache must share it",
     )
 
+    https: bool = Field(
+        default=False, description="HTTP over TLS, with the certificate of MIAOTUI_TLS_DIR"
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe records that are logged"
     )
@@ -97,6 +103,8 @@ class GatewaySettings(BaseSettings):
             raise ValueError("request_timeout must not exceed max_request_timeout")
         if not self.cache_secret.get_secret_value():
             raise ValueError("cache_secret must not be empty; leave it unset for a random one")
+        if self.https and self.tls_dir is None:
+            raise ValueError("https needs a certificate: set MIAOTUI_TLS_DIR")
         return self
 
 

@@ -11,6 +11,7 @@ from opentelemetry import trace
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from miaotui.telemetry import inject_context
+from services.rpc.tls import channel_credentials
 
 # Tensors are cut into parts below this (services/shard/codec.py), so it bounds what one
 # message can make a peer allocate. gRPC's own default is 4 MiB.
@@ -55,8 +56,16 @@ class UnaryMethod(Protocol[Request, Response]):
 
 
 def open_channel(target: str) -> aio.Channel:
-    """An asyncio channel to `host:port`; connects lazily and reconnects by itself."""
-    return aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+    """An asyncio channel to `host:port`; connects lazily and reconnects by itself.
+
+    Over TLS where `MIAOTUI_TLS_DIR` is set (services/rpc/tls.py).
+    """
+    tls = channel_credentials()
+    if tls is None:
+        return aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+    credentials, name = tls
+    named: Options = [("grpc.ssl_target_name_override", name)] if name else []
+    return aio.secure_channel(target, credentials, options=[*CHANNEL_OPTIONS, *named])
 
 
 _tracer = trace.get_tracer("miaotui.rpc")

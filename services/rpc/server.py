@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from services.rpc.channel import COMMON_OPTIONS, Options
+from services.rpc.tls import server_credentials
 from services.rpc.tracing import TracingInterceptor
 
 log = logging.getLogger(__name__)
@@ -61,11 +62,16 @@ class RpcServer:
     async def start(self, listen: str) -> int:
         """Binds `host:port` (port 0: any free one), starts, and returns the port.
 
-        Raises `AddressInUseError` when the address cannot be bound.
+        Over TLS where `MIAOTUI_TLS_DIR` is set (services/rpc/tls.py). Raises
+        `AddressInUseError` when the address cannot be bound.
         """
         await self.set_serving(False)
+        credentials = server_credentials()
         try:
-            self.port = self.aio.add_insecure_port(listen)
+            if credentials is None:
+                self.port = self.aio.add_insecure_port(listen)
+            else:
+                self.port = self.aio.add_secure_port(listen, credentials)
         except RuntimeError as error:
             raise AddressInUseError(
                 f"cannot listen on {listen}: the address is in use or not of this machine; "

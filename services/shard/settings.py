@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from services.rpc.server import split_addresses
+from services.rpc.tls import TlsSettings
 
 
-class ShardSettings(BaseSettings):
+class ShardSettings(TlsSettings):
     """One stage of a pipeline. `stages` is the same for all of them, `stage` is its own."""
 
     model_config = SettingsConfigDict(env_prefix="MIAOTUI_SHARD_", extra="forbid")

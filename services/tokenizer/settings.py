@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
+
+from services.rpc.tls import TlsSettings
 
 
-class TokenizerSettings(BaseSettings):
+class TokenizerSettings(TlsSettings):
     """What it tokenises for, where it listens, and what one call may cost."""
 
     model_config = SettingsConfigDict(env_prefix="MIAOTUI_TOKENIZER_", extra="forbid")
