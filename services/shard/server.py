@@ -20,6 +20,7 @@ from miaotui.telemetry import setup_logging, setup_telemetry
 from miaotui.v1 import shard_pb2 as pb
 from services.rpc.server import RpcServer, run, serve
 from services.shard.convert import DTYPE_NAMES, DTYPES
+from services.shard.gauges import observe
 from services.shard.handshake import PROTOCOL_VERSION
 from services.shard.servicer import ShardServicer
 from services.shard.settings import ShardSettings
@@ -142,6 +143,7 @@ async def serve_shard(settings: ShardSettings) -> None:
     model = await asyncio.to_thread(_load, settings)
     server = RpcServer(SERVICE)
     stage = build_stage(settings, model, server)
+    observe(stage)
     servicer = ShardServicer(
         stage,
         max_request_sequences=settings.max_request_sequences,

@@ -1,0 +1,44 @@
+"""What a stage holds at this moment, for dashboards and for scaling on the queue's depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from opentelemetry import metrics
+from opentelemetry.metrics import CallbackOptions, Observation
+
+from miaotui.v1 import shard_pb2 as pb
+from services.shard.stage import Stage
+
+
+def observe(stage: Stage) -> None:
+    """Registers the stage's gauges; they are read whenever metrics are collected."""
+    labels = {"miaotui.stage": stage.info.index}
+
+    def gauge(name: str, unit: str, description: str, read: Callable[[], int]) -> None:
+        def callback(_: CallbackOptions) -> Iterable[Observation]:
+            yield Observation(read(), labels)
+
+        metrics.get_meter("miaotui.shard").create_observable_gauge(
+            name, callbacks=[callback], unit=unit, description=description
+        )
+
+    gauge(
+        "miaotui.stage.queued",
+        "{sequence}",
+        "Sequences that wait for their computation",
+        lambda: stage.queued,
+    )
+    if (head := stage.head) is not None:
+        gauge(
+            "miaotui.stage.running",
+            "{sequence}",
+            "Sequences in the pipeline: computed, or on their way between stages",
+            lambda: head.running_sequences,
+        )
+    gauge(
+        "miaotui.stage.serving",
+        "1",
+        "1 where the stage serves; 0 where it waits for a neighbour, fits none, or drains",
+        lambda: int(stage.status()[0] == pb.STAGE_STATUS_SERVING),
+    )
