@@ -40,3 +40,7 @@ class MalformedTokensError(TextError):
 
 class TokenRangeError(TextError):
     """A token span outside of the passage, or an id outside of the vocabulary."""
+
+
+class WrongModelError(TextError):
+    """Something that this kind of model does not do."""

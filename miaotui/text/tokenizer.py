@@ -71,7 +71,7 @@ class TextTokenizer:
         self.template = Template.of(backend, model_dir)
         # A passage that spells "[SEP]" must not end up as the separator itself.
         backend.encode_special_tokens = True
-        self._backend = backend
+        self._backend = self.backend = backend
         self.model_dir = model_dir
         self.fingerprint = fingerprint
         self.limits = limits
@@ -196,12 +196,29 @@ def load_tokenizer(model_dir: Path, *, limits: Limits | None = None) -> TextToke
     "miaotui" where training has left them. Never goes to the network and never runs code
     that a checkpoint brings along. Raises `ModelDirectoryError`.
     """
+    config = read_model_config(model_dir)
+    tokenizer, fingerprint = load_fast_tokenizer(model_dir)
+    types = config.get("type_vocab_size", _TYPE_VOCAB_SIZES.get(config.get("model_type", ""), 1))
+    token_types = "token_type_ids" in tokenizer.model_input_names and types > 1
+    return TextTokenizer(
+        model_dir,
+        tokenizer.backend_tokenizer,
+        config,
+        fingerprint,
+        token_types=token_types,
+        special_ids=tokenizer.all_special_ids,
+        unknown_id=tokenizer.unk_token_id,
+        limits=limits or Limits(),
+    )
+
+
+def load_fast_tokenizer(model_dir: Path) -> tuple[Any, str]:
+    """(transformers' fast tokenizer, its files' fingerprint). Raises `ModelDirectoryError`."""
     from transformers import AutoTokenizer  # takes seconds
 
     from miaotui.models.errors import ModelError
     from miaotui.models.fingerprint import tokenizer_fingerprint
 
-    config = _read_config(model_dir)
     try:
         fingerprint = tokenizer_fingerprint(model_dir)
     except ModelError as error:
@@ -220,21 +237,11 @@ def load_tokenizer(model_dir: Path, *, limits: Limits | None = None) -> TextToke
             f"{model_dir}: {type(tokenizer).__name__} is not a fast tokenizer and has no offsets; "
             "add a tokenizer.json"
         )
-    types = config.get("type_vocab_size", _TYPE_VOCAB_SIZES.get(config.get("model_type", ""), 1))
-    token_types = "token_type_ids" in tokenizer.model_input_names and types > 1
-    return TextTokenizer(
-        model_dir,
-        tokenizer.backend_tokenizer,
-        config,
-        fingerprint,
-        token_types=token_types,
-        special_ids=tokenizer.all_special_ids,
-        unknown_id=tokenizer.unk_token_id,
-        limits=limits or Limits(),
-    )
+    return tokenizer, fingerprint
 
 
-def _read_config(model_dir: Path) -> dict[str, Any]:
+def read_model_config(model_dir: Path) -> dict[str, Any]:
+    """The directory's `config.json`. Raises `ModelDirectoryError`."""
     from miaotui.models.checkpoint import read_config
     from miaotui.models.errors import ModelError
 

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from miaotui.v1 import shard_pb2 as _shard_pb2
 from miaotui.v1 import tokenizer_pb2 as _tokenizer_pb2
 import builtins as _builtins
 import sys
@@ -65,6 +66,7 @@ class AnswerRequest(_message.Message):
     NO_ANSWER_THRESHOLD_FIELD_NUMBER: _builtins.int
     TEXT_OPTIONS_FIELD_NUMBER: _builtins.int
     NO_CACHE_FIELD_NUMBER: _builtins.int
+    GENERATIVE_FIELD_NUMBER: _builtins.int
     question: _builtins.str
     """The question."""
     context: _builtins.str
@@ -79,6 +81,8 @@ class AnswerRequest(_message.Message):
     """
     no_cache: _builtins.bool
     """Neither read nor write the answer cache."""
+    generative: _builtins.bool
+    """Answer in a full sentence, with citations, instead of by a span of the passage."""
     @_builtins.property
     def text_options(self) -> _tokenizer_pb2.TextOptions:
         """How the text is cleaned."""
@@ -93,16 +97,47 @@ class AnswerRequest(_message.Message):
         no_answer_threshold: _builtins.float | None = ...,
         text_options: _tokenizer_pb2.TextOptions | None = ...,
         no_cache: _builtins.bool = ...,
+        generative: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_no_answer_threshold", b"_no_answer_threshold", "no_answer_threshold", b"no_answer_threshold", "text_options", b"text_options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_no_answer_threshold", b"_no_answer_threshold", "context", b"context", "max_answer_length", b"max_answer_length", "no_answer_threshold", b"no_answer_threshold", "no_cache", b"no_cache", "question", b"question", "text_options", b"text_options", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_no_answer_threshold", b"_no_answer_threshold", "context", b"context", "generative", b"generative", "max_answer_length", b"max_answer_length", "no_answer_threshold", b"no_answer_threshold", "no_cache", b"no_cache", "question", b"question", "text_options", b"text_options", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__no_answer_threshold: _TypeAlias = _typing.Literal["no_answer_threshold"]  # noqa: Y015
     _WhichOneofArgType__no_answer_threshold: _TypeAlias = _typing.Literal["_no_answer_threshold", b"_no_answer_threshold"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__no_answer_threshold) -> _WhichOneofReturnType__no_answer_threshold | None: ...
 
 Global___AnswerRequest: _TypeAlias = AnswerRequest  # noqa: Y015
+
+@_typing.final
+class Citation(_message.Message):
+    """A part of the passage that an answer rests on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    """First character, in Unicode code points of the passage as sent."""
+    end: _builtins.int
+    """One past the last character."""
+    text: _builtins.str
+    """The characters, as they stand in the passage."""
+    def __init__(
+        self,
+        *,
+        start: _builtins.int = ...,
+        end: _builtins.int = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "start", b"start", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Citation: _TypeAlias = Citation  # noqa: Y015
 
 @_typing.final
 class Answer(_message.Message):
@@ -183,6 +218,8 @@ class AnswerResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    WRITTEN_FIELD_NUMBER: _builtins.int
+    CITATIONS_FIELD_NUMBER: _builtins.int
     answerable: _builtins.bool
     """Whether the passage holds an answer, by the threshold."""
     no_answer_score: _builtins.float
@@ -197,6 +234,8 @@ class AnswerResponse(_message.Message):
     """The trace's id, 32 hex digits."""
     request_id: _builtins.str
     """The request's id."""
+    written: _builtins.str
+    """Generative: the answer in a sentence."""
     @_builtins.property
     def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Answer]:
         """Best first; empty where not answerable and only one was asked for."""
@@ -204,6 +243,10 @@ class AnswerResponse(_message.Message):
     @_builtins.property
     def timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___HopTiming]:
         """Where the time went."""
+
+    @_builtins.property
+    def citations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Citation]:
+        """Generative: what the answer rests on, in the passage's order."""
 
     def __init__(
         self,
@@ -217,10 +260,12 @@ class AnswerResponse(_message.Message):
         timings: _abc.Iterable[Global___HopTiming] | None = ...,
         trace_id: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        written: _builtins.str = ...,
+        citations: _abc.Iterable[Global___Citation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answerable", b"answerable", "answers", b"answers", "cache", b"cache", "model", b"model", "model_fingerprint", b"model_fingerprint", "no_answer_score", b"no_answer_score", "request_id", b"request_id", "timings", b"timings", "trace_id", b"trace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answerable", b"answerable", "answers", b"answers", "cache", b"cache", "citations", b"citations", "model", b"model", "model_fingerprint", b"model_fingerprint", "no_answer_score", b"no_answer_score", "request_id", b"request_id", "timings", b"timings", "trace_id", b"trace_id", "written", b"written"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -342,6 +387,7 @@ class Model(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     MAX_LENGTH_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     fingerprint: _builtins.str
@@ -356,6 +402,8 @@ class Model(_message.Message):
     """Longest window in tokens."""
     ready: _builtins.bool
     """Whether it answers now."""
+    kind: _shard_pb2.ModelKind.ValueType
+    """What it does."""
     def __init__(
         self,
         *,
@@ -366,10 +414,11 @@ class Model(_message.Message):
         layers: _builtins.int = ...,
         max_length: _builtins.int = ...,
         ready: _builtins.bool = ...,
+        kind: _shard_pb2.ModelKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "layers", b"layers", "max_length", b"max_length", "model_type", b"model_type", "name", b"name", "ready", b"ready", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "kind", b"kind", "layers", b"layers", "max_length", b"max_length", "model_type", b"model_type", "name", b"name", "ready", b"ready", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -398,3 +447,239 @@ class ListModelsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
+
+@_typing.final
+class WriteOptions(_message.Message):
+    """How a text is written."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    SEEDED_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    NO_CACHE_FIELD_NUMBER: _builtins.int
+    seeded: _builtins.bool
+    """Whether `sampling.seed` is meant; else a seed is drawn."""
+    max_tokens: _builtins.int
+    """Most tokens to write; 0: as many as the model's context has room for."""
+    n: _builtins.int
+    """How many texts; 0 is 1."""
+    no_cache: _builtins.bool
+    """Neither read nor write the answer cache."""
+    @_builtins.property
+    def sampling(self) -> _shard_pb2.SamplingParams:
+        """How tokens are chosen; absent: as the model's makers advise, else with temperature 1.
+        Fields that are 0 or absent within it are off, and temperature 0 is greedy.
+        """
+
+    @_builtins.property
+    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Texts that end a text, and are no part of it."""
+
+    def __init__(
+        self,
+        *,
+        sampling: _shard_pb2.SamplingParams | None = ...,
+        seeded: _builtins.bool = ...,
+        max_tokens: _builtins.int = ...,
+        n: _builtins.int = ...,
+        stop: _abc.Iterable[_builtins.str] | None = ...,
+        no_cache: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_tokens", b"max_tokens", "n", b"n", "no_cache", b"no_cache", "sampling", b"sampling", "seeded", b"seeded", "stop", b"stop"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WriteOptions: _TypeAlias = WriteOptions  # noqa: Y015
+
+@_typing.final
+class WrittenText(_message.Message):
+    """Text that was written since the last one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Which of the n texts."""
+    text: _builtins.str
+    """Whole characters."""
+    finish_reason: _builtins.str
+    """"stop" or "length" on a text's last; else empty."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        text: _builtins.str = ...,
+        finish_reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WrittenText: _TypeAlias = WrittenText  # noqa: Y015
+
+@_typing.final
+class WriteRequest(_message.Message):
+    """A prompt to be continued."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model's name; empty: the one that is served."""
+    text: _builtins.str
+    """As text."""
+    @_builtins.property
+    def tokens(self) -> Global___TokenIds:
+        """As tokens."""
+
+    @_builtins.property
+    def options(self) -> Global___WriteOptions:
+        """How."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        text: _builtins.str = ...,
+        tokens: Global___TokenIds | None = ...,
+        options: Global___WriteOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "prompt", b"prompt", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "options", b"options", "prompt", b"prompt", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens"]  # noqa: Y015
+    _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
+
+Global___WriteRequest: _TypeAlias = WriteRequest  # noqa: Y015
+
+@_typing.final
+class TokenIds(_message.Message):
+    """Tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Their ids."""
+
+    def __init__(
+        self,
+        *,
+        ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
+
+@_typing.final
+class WriteResponse(_message.Message):
+    """News of the texts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedCompositeFieldContainer[Global___WrittenText]:
+        """Texts that grew or ended."""
+
+    @_builtins.property
+    def usage(self) -> _shard_pb2.GenerationUsage:
+        """What it cost; on the last message."""
+
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[Global___WrittenText] | None = ...,
+        usage: _shard_pb2.GenerationUsage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WriteResponse: _TypeAlias = WriteResponse  # noqa: Y015
+
+@_typing.final
+class ChatRequest(_message.Message):
+    """A chat whose next message is wanted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model's name; empty: the one that is served."""
+    @_builtins.property
+    def chat(self) -> _tokenizer_pb2.ChatPrompt:
+        """The chat."""
+
+    @_builtins.property
+    def options(self) -> Global___WriteOptions:
+        """How."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        chat: _tokenizer_pb2.ChatPrompt | None = ...,
+        options: Global___WriteOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChatRequest: _TypeAlias = ChatRequest  # noqa: Y015
+
+@_typing.final
+class ChatResponse(_message.Message):
+    """News of the messages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedCompositeFieldContainer[Global___WrittenText]:
+        """Messages that grew or ended."""
+
+    @_builtins.property
+    def usage(self) -> _shard_pb2.GenerationUsage:
+        """What it cost; on the last message."""
+
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[Global___WrittenText] | None = ...,
+        usage: _shard_pb2.GenerationUsage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChatResponse: _TypeAlias = ChatResponse  # noqa: Y015

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class GatewayServiceStub:
-    """Answers questions.
+    """Answers questions and writes text.
     """
 
     def __init__(self, channel):
@@ -45,6 +45,16 @@ class GatewayServiceStub:
                 request_serializer=miaotui_dot_v1_dot_gateway__pb2.AnswerBatchRequest.SerializeToString,
                 response_deserializer=miaotui_dot_v1_dot_gateway__pb2.AnswerBatchResponse.FromString,
                 _registered_method=True)
+        self.Write = channel.unary_stream(
+                '/miaotui.v1.GatewayService/Write',
+                request_serializer=miaotui_dot_v1_dot_gateway__pb2.WriteRequest.SerializeToString,
+                response_deserializer=miaotui_dot_v1_dot_gateway__pb2.WriteResponse.FromString,
+                _registered_method=True)
+        self.Chat = channel.unary_stream(
+                '/miaotui.v1.GatewayService/Chat',
+                request_serializer=miaotui_dot_v1_dot_gateway__pb2.ChatRequest.SerializeToString,
+                response_deserializer=miaotui_dot_v1_dot_gateway__pb2.ChatResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/miaotui.v1.GatewayService/ListModels',
                 request_serializer=miaotui_dot_v1_dot_gateway__pb2.ListModelsRequest.SerializeToString,
@@ -53,7 +63,7 @@ class GatewayServiceStub:
 
 
 class GatewayServiceServicer:
-    """Answers questions.
+    """Answers questions and writes text.
     """
 
     def Answer(self, request, context):
@@ -66,6 +76,21 @@ class GatewayServiceServicer:
 
     def AnswerBatch(self, request, context):
         """Answers many; each comes as soon as it is ready, in any order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Write(self, request, context):
+        """Continues a prompt; the text comes as it is written. INVALID_ARGUMENT: the request is at
+        fault, and the message says where. NOT_FOUND: no such model is served.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Chat(self, request, context):
+        """Writes a chat's next message; the text comes as it is written. Errors as for Write.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -91,6 +116,16 @@ def add_GatewayServiceServicer_to_server(servicer, server):
                     request_deserializer=miaotui_dot_v1_dot_gateway__pb2.AnswerBatchRequest.FromString,
                     response_serializer=miaotui_dot_v1_dot_gateway__pb2.AnswerBatchResponse.SerializeToString,
             ),
+            'Write': grpc.unary_stream_rpc_method_handler(
+                    servicer.Write,
+                    request_deserializer=miaotui_dot_v1_dot_gateway__pb2.WriteRequest.FromString,
+                    response_serializer=miaotui_dot_v1_dot_gateway__pb2.WriteResponse.SerializeToString,
+            ),
+            'Chat': grpc.unary_stream_rpc_method_handler(
+                    servicer.Chat,
+                    request_deserializer=miaotui_dot_v1_dot_gateway__pb2.ChatRequest.FromString,
+                    response_serializer=miaotui_dot_v1_dot_gateway__pb2.ChatResponse.SerializeToString,
+            ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
                     request_deserializer=miaotui_dot_v1_dot_gateway__pb2.ListModelsRequest.FromString,
@@ -105,7 +140,7 @@ def add_GatewayServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GatewayService:
-    """Answers questions.
+    """Answers questions and writes text.
     """
 
     @staticmethod
@@ -152,6 +187,60 @@ class GatewayService:
             '/miaotui.v1.GatewayService/AnswerBatch',
             miaotui_dot_v1_dot_gateway__pb2.AnswerBatchRequest.SerializeToString,
             miaotui_dot_v1_dot_gateway__pb2.AnswerBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Write(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/miaotui.v1.GatewayService/Write',
+            miaotui_dot_v1_dot_gateway__pb2.WriteRequest.SerializeToString,
+            miaotui_dot_v1_dot_gateway__pb2.WriteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Chat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/miaotui.v1.GatewayService/Chat',
+            miaotui_dot_v1_dot_gateway__pb2.ChatRequest.SerializeToString,
+            miaotui_dot_v1_dot_gateway__pb2.ChatResponse.FromString,
             options,
             channel_credentials,
             insecure,

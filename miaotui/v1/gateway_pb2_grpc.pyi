@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class GatewayServiceStub:
-    """Answers questions."""
+    """Answers questions and writes text."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -39,12 +39,18 @@ class GatewayServiceStub:
     """
     AnswerBatch: _grpc.UnaryStreamMultiCallable[_gateway_pb2.AnswerBatchRequest, _gateway_pb2.AnswerBatchResponse]
     """Answers many; each comes as soon as it is ready, in any order."""
+    Write: _grpc.UnaryStreamMultiCallable[_gateway_pb2.WriteRequest, _gateway_pb2.WriteResponse]
+    """Continues a prompt; the text comes as it is written. INVALID_ARGUMENT: the request is at
+    fault, and the message says where. NOT_FOUND: no such model is served.
+    """
+    Chat: _grpc.UnaryStreamMultiCallable[_gateway_pb2.ChatRequest, _gateway_pb2.ChatResponse]
+    """Writes a chat's next message; the text comes as it is written. Errors as for Write."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_gateway_pb2.ListModelsRequest, _gateway_pb2.ListModelsResponse]
     """The models served."""
 
 @_typing.type_check_only
 class GatewayServiceAsyncStub(GatewayServiceStub):
-    """Answers questions."""
+    """Answers questions and writes text."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Answer: _aio.UnaryUnaryMultiCallable[_gateway_pb2.AnswerRequest, _gateway_pb2.AnswerResponse]  # type: ignore[assignment]
@@ -53,11 +59,17 @@ class GatewayServiceAsyncStub(GatewayServiceStub):
     """
     AnswerBatch: _aio.UnaryStreamMultiCallable[_gateway_pb2.AnswerBatchRequest, _gateway_pb2.AnswerBatchResponse]  # type: ignore[assignment]
     """Answers many; each comes as soon as it is ready, in any order."""
+    Write: _aio.UnaryStreamMultiCallable[_gateway_pb2.WriteRequest, _gateway_pb2.WriteResponse]  # type: ignore[assignment]
+    """Continues a prompt; the text comes as it is written. INVALID_ARGUMENT: the request is at
+    fault, and the message says where. NOT_FOUND: no such model is served.
+    """
+    Chat: _aio.UnaryStreamMultiCallable[_gateway_pb2.ChatRequest, _gateway_pb2.ChatResponse]  # type: ignore[assignment]
+    """Writes a chat's next message; the text comes as it is written. Errors as for Write."""
     ListModels: _aio.UnaryUnaryMultiCallable[_gateway_pb2.ListModelsRequest, _gateway_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The models served."""
 
 class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Answers questions."""
+    """Answers questions and writes text."""
 
     @_abc_1.abstractmethod
     def Answer(
@@ -76,6 +88,24 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_gateway_pb2.AnswerBatchResponse], _abc.AsyncIterator[_gateway_pb2.AnswerBatchResponse]]:
         """Answers many; each comes as soon as it is ready, in any order."""
+
+    @_abc_1.abstractmethod
+    def Write(
+        self,
+        request: _gateway_pb2.WriteRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_gateway_pb2.WriteResponse], _abc.AsyncIterator[_gateway_pb2.WriteResponse]]:
+        """Continues a prompt; the text comes as it is written. INVALID_ARGUMENT: the request is at
+        fault, and the message says where. NOT_FOUND: no such model is served.
+        """
+
+    @_abc_1.abstractmethod
+    def Chat(
+        self,
+        request: _gateway_pb2.ChatRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_gateway_pb2.ChatResponse], _abc.AsyncIterator[_gateway_pb2.ChatResponse]]:
+        """Writes a chat's next message; the text comes as it is written. Errors as for Write."""
 
     @_abc_1.abstractmethod
     def ListModels(

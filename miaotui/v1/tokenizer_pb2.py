@@ -23,47 +23,74 @@ _sym_db = _symbol_database.Default()
 
 
 from miaotui.v1 import calls_pb2 as miaotui_dot_v1_dot_calls__pb2
+from miaotui.v1 import shard_pb2 as miaotui_dot_v1_dot_shard__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amiaotui/v1/tokenizer.proto\x12\nmiaotui.v1\x1a\x16miaotui/v1/calls.proto\"U\n\x0bTextOptions\x12\x30\n\rnormalization\x18\x01 \x01(\x0e\x32\x19.miaotui.v1.Normalization\x12\x14\n\x0cstrip_markup\x18\x02 \x01(\x08\"i\n\rTokenizedText\x12\x11\n\tinput_ids\x18\x01 \x01(\x0c\x12\x0e\n\x06starts\x18\x02 \x01(\x0c\x12\x0c\n\x04\x65nds\x18\x03 \x01(\x0c\x12\x12\n\ncharacters\x18\x04 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\"|\n\x06Window\x12\x11\n\tinput_ids\x18\x01 \x01(\x0c\x12\x16\n\x0etoken_type_ids\x18\x02 \x01(\x0c\x12\x18\n\x10passage_position\x18\x03 \x01(\r\x12\x15\n\rpassage_first\x18\x04 \x01(\r\x12\x16\n\x0epassage_tokens\x18\x05 \x01(\r\"!\n\x1fTokenizerServiceDescribeRequest\"\x94\x01\n TokenizerServiceDescribeResponse\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nmax_length\x18\x04 \x01(\r\x12\x0e\n\x06stride\x18\x05 \x01(\r\"\xde\x01\n\rEncodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08question\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12.\n\ttokenized\x18\x04 \x01(\x0b\x32\x19.miaotui.v1.TokenizedTextH\x00\x12(\n\x07options\x18\x05 \x01(\x0b\x32\x17.miaotui.v1.TextOptions\x12\x12\n\nmax_length\x18\x06 \x01(\r\x12\x13\n\x06stride\x18\x07 \x01(\rH\x01\x88\x01\x01\x42\t\n\x07passageB\t\n\x07_stride\"a\n\x0e\x45ncodeResponse\x12#\n\x07windows\x18\x01 \x03(\x0b\x32\x12.miaotui.v1.Window\x12*\n\x07passage\x18\x02 \x01(\x0b\x32\x19.miaotui.v1.TokenizedText\"g\n\x13\x45ncodeStreamRequest\x12$\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x16.miaotui.v1.CallHeader\x12*\n\x07request\x18\x02 \x01(\x0b\x32\x19.miaotui.v1.EncodeRequest\"j\n\x14\x45ncodeStreamResponse\x12$\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x16.miaotui.v1.CallStatus\x12,\n\x08response\x18\x02 \x01(\x0b\x32\x1a.miaotui.v1.EncodeResponse\"(\n\tTokenSpan\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\r\"9\n\rCharacterSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\"t\n\x12\x44\x65\x63odeSpansRequest\x12*\n\x07passage\x18\x01 \x01(\x0b\x32\x19.miaotui.v1.TokenizedText\x12$\n\x05spans\x18\x02 \x03(\x0b\x32\x15.miaotui.v1.TokenSpan\x12\x0c\n\x04text\x18\x03 \x01(\t\"?\n\x13\x44\x65\x63odeSpansResponse\x12(\n\x05spans\x18\x01 \x03(\x0b\x32\x19.miaotui.v1.CharacterSpan\"9\n\rDecodeRequest\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x02 \x01(\x08\"\x1e\n\x0e\x44\x65\x63odeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*u\n\rNormalization\x12\x1d\n\x19NORMALIZATION_UNSPECIFIED\x10\x00\x12\x16\n\x12NORMALIZATION_NONE\x10\x01\x12\x15\n\x11NORMALIZATION_NFC\x10\x02\x12\x16\n\x12NORMALIZATION_NFKC\x10\x03\x32\xa2\x03\n\x10TokenizerService\x12\x65\n\x08\x44\x65scribe\x12+.miaotui.v1.TokenizerServiceDescribeRequest\x1a,.miaotui.v1.TokenizerServiceDescribeResponse\x12?\n\x06\x45ncode\x12\x19.miaotui.v1.EncodeRequest\x1a\x1a.miaotui.v1.EncodeResponse\x12U\n\x0c\x45ncodeStream\x12\x1f.miaotui.v1.EncodeStreamRequest\x1a .miaotui.v1.EncodeStreamResponse(\x01\x30\x01\x12N\n\x0b\x44\x65\x63odeSpans\x12\x1e.miaotui.v1.DecodeSpansRequest\x1a\x1f.miaotui.v1.DecodeSpansResponse\x12?\n\x06\x44\x65\x63ode\x12\x19.miaotui.v1.DecodeRequest\x1a\x1a.miaotui.v1.DecodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amiaotui/v1/tokenizer.proto\x12\nmiaotui.v1\x1a\x16miaotui/v1/calls.proto\x1a\x16miaotui/v1/shard.proto\"U\n\x0bTextOptions\x12\x30\n\rnormalization\x18\x01 \x01(\x0e\x32\x19.miaotui.v1.Normalization\x12\x14\n\x0cstrip_markup\x18\x02 \x01(\x08\"i\n\rTokenizedText\x12\x11\n\tinput_ids\x18\x01 \x01(\x0c\x12\x0e\n\x06starts\x18\x02 \x01(\x0c\x12\x0c\n\x04\x65nds\x18\x03 \x01(\x0c\x12\x12\n\ncharacters\x18\x04 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\"|\n\x06Window\x12\x11\n\tinput_ids\x18\x01 \x01(\x0c\x12\x16\n\x0etoken_type_ids\x18\x02 \x01(\x0c\x12\x18\n\x10passage_position\x18\x03 \x01(\r\x12\x15\n\rpassage_first\x18\x04 \x01(\r\x12\x16\n\x0epassage_tokens\x18\x05 \x01(\r\"!\n\x1fTokenizerServiceDescribeRequest\"\xb4\x02\n TokenizerServiceDescribeResponse\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nmax_length\x18\x04 \x01(\r\x12\x0e\n\x06stride\x18\x05 \x01(\r\x12#\n\x04kind\x18\x06 \x01(\x0e\x32\x15.miaotui.v1.ModelKind\x12\x16\n\x0e\x63ontext_length\x18\x07 \x01(\r\x12\x19\n\x11has_chat_template\x18\x08 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12.\n\x08sampling\x18\n \x01(\x0b\x32\x1c.miaotui.v1.SamplingDefaults\"\xce\x01\n\x10SamplingDefaults\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penalty\"\xde\x01\n\rEncodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08question\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12.\n\ttokenized\x18\x04 \x01(\x0b\x32\x19.miaotui.v1.TokenizedTextH\x00\x12(\n\x07options\x18\x05 \x01(\x0b\x32\x17.miaotui.v1.TextOptions\x12\x12\n\nmax_length\x18\x06 \x01(\r\x12\x13\n\x06stride\x18\x07 \x01(\rH\x01\x88\x01\x01\x42\t\n\x07passageB\t\n\x07_stride\"a\n\x0e\x45ncodeResponse\x12#\n\x07windows\x18\x01 \x03(\x0b\x32\x12.miaotui.v1.Window\x12*\n\x07passage\x18\x02 \x01(\x0b\x32\x19.miaotui.v1.TokenizedText\"g\n\x13\x45ncodeStreamRequest\x12$\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x16.miaotui.v1.CallHeader\x12*\n\x07request\x18\x02 \x01(\x0b\x32\x19.miaotui.v1.EncodeRequest\"j\n\x14\x45ncodeStreamResponse\x12$\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x16.miaotui.v1.CallStatus\x12,\n\x08response\x18\x02 \x01(\x0b\x32\x1a.miaotui.v1.EncodeResponse\"(\n\tTokenSpan\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04last\x18\x02 \x01(\r\"9\n\rCharacterSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\"t\n\x12\x44\x65\x63odeSpansRequest\x12*\n\x07passage\x18\x01 \x01(\x0b\x32\x19.miaotui.v1.TokenizedText\x12$\n\x05spans\x18\x02 \x03(\x0b\x32\x15.miaotui.v1.TokenSpan\x12\x0c\n\x04text\x18\x03 \x01(\t\"?\n\x13\x44\x65\x63odeSpansResponse\x12(\n\x05spans\x18\x01 \x03(\x0b\x32\x19.miaotui.v1.CharacterSpan\"9\n\rDecodeRequest\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x02 \x01(\x08\"\x1e\n\x0e\x44\x65\x63odeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"?\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x11\n\tmore_json\x18\x03 \x01(\t\"z\n\nChatPrompt\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.miaotui.v1.ChatMessage\x12\x12\n\ntools_json\x18\x02 \x01(\t\x12\x16\n\x0evariables_json\x18\x03 \x01(\t\x12\x15\n\rcontinue_last\x18\x04 \x01(\x08\"\xcd\x01\n\x13\x45ncodePromptRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12&\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x16.miaotui.v1.ChatPromptH\x00\x12(\n\x07options\x18\x04 \x01(\x0b\x32\x17.miaotui.v1.TextOptions\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x05 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\")\n\x14\x45ncodePromptResponse\x12\x11\n\tinput_ids\x18\x01 \x01(\x0c\"s\n\x19\x45ncodePromptStreamRequest\x12$\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x16.miaotui.v1.CallHeader\x12\x30\n\x07request\x18\x02 \x01(\x0b\x32\x1f.miaotui.v1.EncodePromptRequest\"v\n\x1a\x45ncodePromptStreamResponse\x12$\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x16.miaotui.v1.CallStatus\x12\x32\n\x08response\x18\x02 \x01(\x0b\x32 .miaotui.v1.EncodePromptResponse\"C\n\nDecodeItem\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x13\n\x0bread_offset\x18\x02 \x01(\r\x12\r\n\x05\x66lush\x18\x03 \x01(\x08\"|\n\x12\x44\x65\x63odeBatchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x05items\x18\x02 \x03(\x0b\x32\x16.miaotui.v1.DecodeItem\x12\x0e\n\x06pieces\x18\x03 \x03(\r\x12\x1b\n\x13keep_special_tokens\x18\x04 \x01(\x08\"G\n\x0b\x44\x65\x63odedItem\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x15\n\rprefix_offset\x18\x02 \x01(\r\x12\x13\n\x0bread_offset\x18\x03 \x01(\r\"M\n\x13\x44\x65\x63odeBatchResponse\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.miaotui.v1.DecodedItem\x12\x0e\n\x06pieces\x18\x02 \x03(\x0c\"q\n\x18\x44\x65\x63odeBatchStreamRequest\x12$\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x16.miaotui.v1.CallHeader\x12/\n\x07request\x18\x02 \x01(\x0b\x32\x1e.miaotui.v1.DecodeBatchRequest\"t\n\x19\x44\x65\x63odeBatchStreamResponse\x12$\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x16.miaotui.v1.CallStatus\x12\x31\n\x08response\x18\x02 \x01(\x0b\x32\x1f.miaotui.v1.DecodeBatchResponse*u\n\rNormalization\x12\x1d\n\x19NORMALIZATION_UNSPECIFIED\x10\x00\x12\x16\n\x12NORMALIZATION_NONE\x10\x01\x12\x15\n\x11NORMALIZATION_NFC\x10\x02\x12\x16\n\x12NORMALIZATION_NFKC\x10\x03\x32\x94\x06\n\x10TokenizerService\x12\x65\n\x08\x44\x65scribe\x12+.miaotui.v1.TokenizerServiceDescribeRequest\x1a,.miaotui.v1.TokenizerServiceDescribeResponse\x12?\n\x06\x45ncode\x12\x19.miaotui.v1.EncodeRequest\x1a\x1a.miaotui.v1.EncodeResponse\x12U\n\x0c\x45ncodeStream\x12\x1f.miaotui.v1.EncodeStreamRequest\x1a .miaotui.v1.EncodeStreamResponse(\x01\x30\x01\x12N\n\x0b\x44\x65\x63odeSpans\x12\x1e.miaotui.v1.DecodeSpansRequest\x1a\x1f.miaotui.v1.DecodeSpansResponse\x12?\n\x06\x44\x65\x63ode\x12\x19.miaotui.v1.DecodeRequest\x1a\x1a.miaotui.v1.DecodeResponse\x12Q\n\x0c\x45ncodePrompt\x12\x1f.miaotui.v1.EncodePromptRequest\x1a .miaotui.v1.EncodePromptResponse\x12g\n\x12\x45ncodePromptStream\x12%.miaotui.v1.EncodePromptStreamRequest\x1a&.miaotui.v1.EncodePromptStreamResponse(\x01\x30\x01\x12N\n\x0b\x44\x65\x63odeBatch\x12\x1e.miaotui.v1.DecodeBatchRequest\x1a\x1f.miaotui.v1.DecodeBatchResponse\x12\x64\n\x11\x44\x65\x63odeBatchStream\x12$.miaotui.v1.DecodeBatchStreamRequest\x1a%.miaotui.v1.DecodeBatchStreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'miaotui.v1.tokenizer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NORMALIZATION']._serialized_start=1484
-  _globals['_NORMALIZATION']._serialized_end=1601
-  _globals['_TEXTOPTIONS']._serialized_start=66
-  _globals['_TEXTOPTIONS']._serialized_end=151
-  _globals['_TOKENIZEDTEXT']._serialized_start=153
-  _globals['_TOKENIZEDTEXT']._serialized_end=258
-  _globals['_WINDOW']._serialized_start=260
-  _globals['_WINDOW']._serialized_end=384
-  _globals['_TOKENIZERSERVICEDESCRIBEREQUEST']._serialized_start=386
-  _globals['_TOKENIZERSERVICEDESCRIBEREQUEST']._serialized_end=419
-  _globals['_TOKENIZERSERVICEDESCRIBERESPONSE']._serialized_start=422
-  _globals['_TOKENIZERSERVICEDESCRIBERESPONSE']._serialized_end=570
-  _globals['_ENCODEREQUEST']._serialized_start=573
-  _globals['_ENCODEREQUEST']._serialized_end=795
-  _globals['_ENCODERESPONSE']._serialized_start=797
-  _globals['_ENCODERESPONSE']._serialized_end=894
-  _globals['_ENCODESTREAMREQUEST']._serialized_start=896
-  _globals['_ENCODESTREAMREQUEST']._serialized_end=999
-  _globals['_ENCODESTREAMRESPONSE']._serialized_start=1001
-  _globals['_ENCODESTREAMRESPONSE']._serialized_end=1107
-  _globals['_TOKENSPAN']._serialized_start=1109
-  _globals['_TOKENSPAN']._serialized_end=1149
-  _globals['_CHARACTERSPAN']._serialized_start=1151
-  _globals['_CHARACTERSPAN']._serialized_end=1208
-  _globals['_DECODESPANSREQUEST']._serialized_start=1210
-  _globals['_DECODESPANSREQUEST']._serialized_end=1326
-  _globals['_DECODESPANSRESPONSE']._serialized_start=1328
-  _globals['_DECODESPANSRESPONSE']._serialized_end=1391
-  _globals['_DECODEREQUEST']._serialized_start=1393
-  _globals['_DECODEREQUEST']._serialized_end=1450
-  _globals['_DECODERESPONSE']._serialized_start=1452
-  _globals['_DECODERESPONSE']._serialized_end=1482
-  _globals['_TOKENIZERSERVICE']._serialized_start=1604
-  _globals['_TOKENIZERSERVICE']._serialized_end=2022
+  _globals['_NORMALIZATION']._serialized_start=3134
+  _globals['_NORMALIZATION']._serialized_end=3251
+  _globals['_TEXTOPTIONS']._serialized_start=90
+  _globals['_TEXTOPTIONS']._serialized_end=175
+  _globals['_TOKENIZEDTEXT']._serialized_start=177
+  _globals['_TOKENIZEDTEXT']._serialized_end=282
+  _globals['_WINDOW']._serialized_start=284
+  _globals['_WINDOW']._serialized_end=408
+  _globals['_TOKENIZERSERVICEDESCRIBEREQUEST']._serialized_start=410
+  _globals['_TOKENIZERSERVICEDESCRIBEREQUEST']._serialized_end=443
+  _globals['_TOKENIZERSERVICEDESCRIBERESPONSE']._serialized_start=446
+  _globals['_TOKENIZERSERVICEDESCRIBERESPONSE']._serialized_end=754
+  _globals['_SAMPLINGDEFAULTS']._serialized_start=757
+  _globals['_SAMPLINGDEFAULTS']._serialized_end=963
+  _globals['_ENCODEREQUEST']._serialized_start=966
+  _globals['_ENCODEREQUEST']._serialized_end=1188
+  _globals['_ENCODERESPONSE']._serialized_start=1190
+  _globals['_ENCODERESPONSE']._serialized_end=1287
+  _globals['_ENCODESTREAMREQUEST']._serialized_start=1289
+  _globals['_ENCODESTREAMREQUEST']._serialized_end=1392
+  _globals['_ENCODESTREAMRESPONSE']._serialized_start=1394
+  _globals['_ENCODESTREAMRESPONSE']._serialized_end=1500
+  _globals['_TOKENSPAN']._serialized_start=1502
+  _globals['_TOKENSPAN']._serialized_end=1542
+  _globals['_CHARACTERSPAN']._serialized_start=1544
+  _globals['_CHARACTERSPAN']._serialized_end=1601
+  _globals['_DECODESPANSREQUEST']._serialized_start=1603
+  _globals['_DECODESPANSREQUEST']._serialized_end=1719
+  _globals['_DECODESPANSRESPONSE']._serialized_start=1721
+  _globals['_DECODESPANSRESPONSE']._serialized_end=1784
+  _globals['_DECODEREQUEST']._serialized_start=1786
+  _globals['_DECODEREQUEST']._serialized_end=1843
+  _globals['_DECODERESPONSE']._serialized_start=1845
+  _globals['_DECODERESPONSE']._serialized_end=1875
+  _globals['_CHATMESSAGE']._serialized_start=1877
+  _globals['_CHATMESSAGE']._serialized_end=1940
+  _globals['_CHATPROMPT']._serialized_start=1942
+  _globals['_CHATPROMPT']._serialized_end=2064
+  _globals['_ENCODEPROMPTREQUEST']._serialized_start=2067
+  _globals['_ENCODEPROMPTREQUEST']._serialized_end=2272
+  _globals['_ENCODEPROMPTRESPONSE']._serialized_start=2274
+  _globals['_ENCODEPROMPTRESPONSE']._serialized_end=2315
+  _globals['_ENCODEPROMPTSTREAMREQUEST']._serialized_start=2317
+  _globals['_ENCODEPROMPTSTREAMREQUEST']._serialized_end=2432
+  _globals['_ENCODEPROMPTSTREAMRESPONSE']._serialized_start=2434
+  _globals['_ENCODEPROMPTSTREAMRESPONSE']._serialized_end=2552
+  _globals['_DECODEITEM']._serialized_start=2554
+  _globals['_DECODEITEM']._serialized_end=2621
+  _globals['_DECODEBATCHREQUEST']._serialized_start=2623
+  _globals['_DECODEBATCHREQUEST']._serialized_end=2747
+  _globals['_DECODEDITEM']._serialized_start=2749
+  _globals['_DECODEDITEM']._serialized_end=2820
+  _globals['_DECODEBATCHRESPONSE']._serialized_start=2822
+  _globals['_DECODEBATCHRESPONSE']._serialized_end=2899
+  _globals['_DECODEBATCHSTREAMREQUEST']._serialized_start=2901
+  _globals['_DECODEBATCHSTREAMREQUEST']._serialized_end=3014
+  _globals['_DECODEBATCHSTREAMRESPONSE']._serialized_start=3016
+  _globals['_DECODEBATCHSTREAMRESPONSE']._serialized_end=3132
+  _globals['_TOKENIZERSERVICE']._serialized_start=3254
+  _globals['_TOKENIZERSERVICE']._serialized_end=4042
 # @@protoc_insertion_point(module_scope)

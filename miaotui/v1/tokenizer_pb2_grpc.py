@@ -26,8 +26,10 @@ if _version_not_supported:
 
 
 class TokenizerServiceStub:
-    """Cleans, normalises and tokenises text, splits long passages into windows,
-    and turns token spans and ids back into text. Stateless.
+    """Cleans, normalises and tokenises text, splits long passages into windows, renders chats to
+    prompts, and turns token spans and ids back into text. Stateless. Serves one model: Encode
+    and DecodeSpans are for extractive ones, EncodePrompt is for generative ones, and the wrong
+    one fails with FAILED_PRECONDITION.
     """
 
     def __init__(self, channel):
@@ -61,11 +63,33 @@ class TokenizerServiceStub:
                 request_serializer=miaotui_dot_v1_dot_tokenizer__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.DecodeResponse.FromString,
                 _registered_method=True)
+        self.EncodePrompt = channel.unary_unary(
+                '/miaotui.v1.TokenizerService/EncodePrompt',
+                request_serializer=miaotui_dot_v1_dot_tokenizer__pb2.EncodePromptRequest.SerializeToString,
+                response_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.EncodePromptResponse.FromString,
+                _registered_method=True)
+        self.EncodePromptStream = channel.stream_stream(
+                '/miaotui.v1.TokenizerService/EncodePromptStream',
+                request_serializer=miaotui_dot_v1_dot_tokenizer__pb2.EncodePromptStreamRequest.SerializeToString,
+                response_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.EncodePromptStreamResponse.FromString,
+                _registered_method=True)
+        self.DecodeBatch = channel.unary_unary(
+                '/miaotui.v1.TokenizerService/DecodeBatch',
+                request_serializer=miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchRequest.SerializeToString,
+                response_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchResponse.FromString,
+                _registered_method=True)
+        self.DecodeBatchStream = channel.stream_stream(
+                '/miaotui.v1.TokenizerService/DecodeBatchStream',
+                request_serializer=miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchStreamRequest.SerializeToString,
+                response_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchStreamResponse.FromString,
+                _registered_method=True)
 
 
 class TokenizerServiceServicer:
-    """Cleans, normalises and tokenises text, splits long passages into windows,
-    and turns token spans and ids back into text. Stateless.
+    """Cleans, normalises and tokenises text, splits long passages into windows, renders chats to
+    prompts, and turns token spans and ids back into text. Stateless. Serves one model: Encode
+    and DecodeSpans are for extractive ones, EncodePrompt is for generative ones, and the wrong
+    one fails with FAILED_PRECONDITION.
     """
 
     def Describe(self, request, context):
@@ -108,6 +132,37 @@ class TokenizerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EncodePrompt(self, request, context):
+        """A text, or a chat by way of the model's chat template, to a decoder's prompt.
+        INVALID_ARGUMENT: the template refuses the chat, or there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EncodePromptStream(self, request_iterator, context):
+        """EncodePrompt, many times on one stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DecodeBatch(self, request, context):
+        """The text that each of many sequences has gained by new tokens, as far as its characters
+        are complete. Ids outside of the vocabulary, as models with spare rows may write them, have
+        no text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DecodeBatchStream(self, request_iterator, context):
+        """DecodeBatch, many times on one stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TokenizerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -136,6 +191,26 @@ def add_TokenizerServiceServicer_to_server(servicer, server):
                     request_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.DecodeRequest.FromString,
                     response_serializer=miaotui_dot_v1_dot_tokenizer__pb2.DecodeResponse.SerializeToString,
             ),
+            'EncodePrompt': grpc.unary_unary_rpc_method_handler(
+                    servicer.EncodePrompt,
+                    request_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.EncodePromptRequest.FromString,
+                    response_serializer=miaotui_dot_v1_dot_tokenizer__pb2.EncodePromptResponse.SerializeToString,
+            ),
+            'EncodePromptStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.EncodePromptStream,
+                    request_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.EncodePromptStreamRequest.FromString,
+                    response_serializer=miaotui_dot_v1_dot_tokenizer__pb2.EncodePromptStreamResponse.SerializeToString,
+            ),
+            'DecodeBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.DecodeBatch,
+                    request_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchRequest.FromString,
+                    response_serializer=miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchResponse.SerializeToString,
+            ),
+            'DecodeBatchStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.DecodeBatchStream,
+                    request_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchStreamRequest.FromString,
+                    response_serializer=miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchStreamResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'miaotui.v1.TokenizerService', rpc_method_handlers)
@@ -145,8 +220,10 @@ def add_TokenizerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TokenizerService:
-    """Cleans, normalises and tokenises text, splits long passages into windows,
-    and turns token spans and ids back into text. Stateless.
+    """Cleans, normalises and tokenises text, splits long passages into windows, renders chats to
+    prompts, and turns token spans and ids back into text. Stateless. Serves one model: Encode
+    and DecodeSpans are for extractive ones, EncodePrompt is for generative ones, and the wrong
+    one fails with FAILED_PRECONDITION.
     """
 
     @staticmethod
@@ -274,6 +351,114 @@ class TokenizerService:
             '/miaotui.v1.TokenizerService/Decode',
             miaotui_dot_v1_dot_tokenizer__pb2.DecodeRequest.SerializeToString,
             miaotui_dot_v1_dot_tokenizer__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EncodePrompt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/miaotui.v1.TokenizerService/EncodePrompt',
+            miaotui_dot_v1_dot_tokenizer__pb2.EncodePromptRequest.SerializeToString,
+            miaotui_dot_v1_dot_tokenizer__pb2.EncodePromptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EncodePromptStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/miaotui.v1.TokenizerService/EncodePromptStream',
+            miaotui_dot_v1_dot_tokenizer__pb2.EncodePromptStreamRequest.SerializeToString,
+            miaotui_dot_v1_dot_tokenizer__pb2.EncodePromptStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DecodeBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/miaotui.v1.TokenizerService/DecodeBatch',
+            miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchRequest.SerializeToString,
+            miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DecodeBatchStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/miaotui.v1.TokenizerService/DecodeBatchStream',
+            miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchStreamRequest.SerializeToString,
+            miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

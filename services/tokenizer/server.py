@@ -9,7 +9,8 @@ from miaotui.models.errors import ModelError
 from miaotui.models.fingerprint import model_fingerprint
 from miaotui.telemetry import setup_logging, setup_telemetry
 from miaotui.text.errors import ModelDirectoryError
-from miaotui.text.tokenizer import Limits, TextTokenizer, load_tokenizer
+from miaotui.text.prompts import PromptTokenizer, is_decoder, load_prompt_tokenizer
+from miaotui.text.tokenizer import Limits, TextTokenizer, load_tokenizer, read_model_config
 from miaotui.v1 import tokenizer_pb2_grpc
 from services.rpc.server import RpcServer, run, serve
 from services.tokenizer.servicer import TokenizerServicer
@@ -34,7 +35,7 @@ async def serve_tokenizer(settings: TokenizerSettings) -> None:
             server,
             settings.listen,
             grace=settings.drain_seconds,
-            drain=lambda: servicer.encode_calls.drain(settings.drain_seconds),
+            drain=lambda: servicer.drain(settings.drain_seconds),
             metrics_port=settings.metrics_port,
         )
     finally:
@@ -42,12 +43,22 @@ async def serve_tokenizer(settings: TokenizerSettings) -> None:
         telemetry.shutdown()
 
 
-def _load(settings: TokenizerSettings) -> tuple[TextTokenizer, str]:
+def _load(settings: TokenizerSettings) -> tuple[TextTokenizer | PromptTokenizer, str]:
     limits = Limits(settings.max_characters, settings.max_window_tokens)
     try:
         fingerprint = model_fingerprint(settings.model)
     except ModelError as error:
         raise ModelDirectoryError(str(error)) from error
+    if is_decoder(read_model_config(settings.model)):
+        prompts = load_prompt_tokenizer(settings.model, limits=limits)
+        log.info(
+            "tokenizer of %s: %d ids, a context of %d tokens, %s chat template",
+            settings.model.name,
+            prompts.vocab_size,
+            prompts.context_length,
+            "a" if prompts.has_chat_template else "no",
+        )
+        return prompts, fingerprint
     tokenizer = load_tokenizer(settings.model, limits=limits)
     log.info(
         "tokenizer of %s: %d ids, windows of %d tokens",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn
@@ -11,19 +12,28 @@ import numpy as np
 from grpc import aio
 from opentelemetry import metrics, trace
 
+from miaotui.text.detokenize import Detokenizer
 from miaotui.text.errors import (
     FingerprintMismatchError,
     TextError,
     TextTooLargeError,
     TokenRangeError,
+    WrongModelError,
 )
+from miaotui.text.prompts import PromptTokenizer
 from miaotui.text.tokenizer import TextTokenizer
 from miaotui.text.tokens import character_spans
+from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tokenizer_pb2 as pb
 from miaotui.v1 import tokenizer_pb2_grpc
 from services.rpc.calls import CallServer
 from services.tokenizer.convert import (
+    chat_from_proto,
+    growth_from_proto,
+    ids_to_bytes,
     options_from_proto,
+    prompt_options_from_proto,
+    sampling_to_proto,
     tokens_from_proto,
     tokens_to_proto,
     window_to_proto,
@@ -37,33 +47,68 @@ Context = aio.ServicerContext[Any, Any]
 # Of TextError's kinds; the others are INVALID_ARGUMENT.
 _STATUSES = (
     (FingerprintMismatchError, grpc.StatusCode.FAILED_PRECONDITION),
+    (WrongModelError, grpc.StatusCode.FAILED_PRECONDITION),
     (TokenRangeError, grpc.StatusCode.OUT_OF_RANGE),
     (TextTooLargeError, grpc.StatusCode.RESOURCE_EXHAUSTED),
 )
+
+
+_GENERATIVE_ONLY = "this model finds spans and continues no prompts; ask Encode instead"
+_EXTRACTIVE_ONLY = "this model continues prompts and finds no spans; ask EncodePrompt instead"
 
 
 class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     """Implements `miaotui.v1.TokenizerService`."""
 
     def __init__(
-        self, tokenizer: TextTokenizer, model_fingerprint: str, workers: Workers, *, max_spans: int
+        self,
+        tokenizer: TextTokenizer | PromptTokenizer,
+        model_fingerprint: str,
+        workers: Workers,
+        *,
+        max_spans: int,
     ) -> None:
         """`model_fingerprint`: the one that the shards report."""
         self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer.backend)
         self._workers = workers
         self._max_spans = max_spans
         self._description = pb.TokenizerServiceDescribeResponse(
             model_fingerprint=model_fingerprint,
             tokenizer_fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
-            max_length=tokenizer.max_length,
-            stride=tokenizer.stride,
         )
-        self.encode_calls = CallServer(
-            "miaotui.v1.TokenizerService/Encode",
-            self.Encode,
-            lambda status, response: pb.EncodeStreamResponse(call=status, response=response),
-        )
+        if isinstance(tokenizer, TextTokenizer):
+            self._description.kind = shard_pb.MODEL_KIND_EXTRACTIVE
+            self._description.max_length = tokenizer.max_length
+            self._description.stride = tokenizer.stride
+        else:
+            self._description.kind = shard_pb.MODEL_KIND_GENERATIVE
+            self._description.context_length = tokenizer.context_length
+            self._description.has_chat_template = tokenizer.has_chat_template
+            self._description.stop_token_ids.extend(tokenizer.stop_token_ids)
+            self._description.sampling.CopyFrom(sampling_to_proto(tokenizer.sampling))
+        self.calls = {
+            "Encode": CallServer(
+                "miaotui.v1.TokenizerService/Encode",
+                self.Encode,
+                lambda status, response: pb.EncodeStreamResponse(call=status, response=response),
+            ),
+            "EncodePrompt": CallServer(
+                "miaotui.v1.TokenizerService/EncodePrompt",
+                self.EncodePrompt,
+                lambda status, response: pb.EncodePromptStreamResponse(
+                    call=status, response=response
+                ),
+            ),
+            "DecodeBatch": CallServer(
+                "miaotui.v1.TokenizerService/DecodeBatch",
+                self.DecodeBatch,
+                lambda status, response: pb.DecodeBatchStreamResponse(
+                    call=status, response=response
+                ),
+            ),
+        }
         meter = metrics.get_meter("miaotui.tokenizer")
         self._tokens = meter.create_counter(
             "miaotui.tokenizer.tokens", "{token}", "Passage tokens made"
@@ -85,7 +130,23 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self, request_iterator: AsyncIterator[pb.EncodeStreamRequest], context: Context
     ) -> None:
         """Encode, many times on one stream."""
-        await self.encode_calls.serve(request_iterator, context)
+        await self.calls["Encode"].serve(request_iterator, context)
+
+    async def EncodePromptStream(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[pb.EncodePromptStreamRequest], context: Context
+    ) -> None:
+        """EncodePrompt, many times on one stream."""
+        await self.calls["EncodePrompt"].serve(request_iterator, context)
+
+    async def DecodeBatchStream(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[pb.DecodeBatchStreamRequest], context: Context
+    ) -> None:
+        """DecodeBatch, many times on one stream."""
+        await self.calls["DecodeBatch"].serve(request_iterator, context)
+
+    async def drain(self, seconds: float) -> None:
+        """Refuses new calls on streams, and lets open ones finish for so many seconds."""
+        await asyncio.gather(*(calls.drain(seconds) for calls in self.calls.values()))
 
     async def Encode(self, request: pb.EncodeRequest, context: Context) -> pb.EncodeResponse:
         """A question and a passage to the model's inputs."""
@@ -98,6 +159,8 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 
     def _encode(self, request: pb.EncodeRequest) -> pb.EncodeResponse:
         tokenizer = self._tokenizer
+        if not isinstance(tokenizer, TextTokenizer):
+            raise WrongModelError("question", _EXTRACTIVE_ONLY)
         options = options_from_proto(request.options)
         kind = request.WhichOneof("passage")
         if kind is None:
@@ -128,6 +191,58 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         return pb.EncodeResponse(
             windows=[window_to_proto(window) for window in windows],
             passage=None if kind == "tokenized" else tokens_to_proto(passage),
+        )
+
+    async def EncodePrompt(
+        self, request: pb.EncodePromptRequest, context: Context
+    ) -> pb.EncodePromptResponse:
+        """A text or a chat to a prompt."""
+        size = len(request.text) + sum(len(part.content) for part in request.chat.messages)
+        try:
+            return await self._workers.run(size, lambda: self._encode_prompt(request))
+        except (TextError, BusyError) as error:
+            await self._refuse(context, error)
+
+    def _encode_prompt(self, request: pb.EncodePromptRequest) -> pb.EncodePromptResponse:
+        tokenizer = self._tokenizer
+        if not isinstance(tokenizer, PromptTokenizer):
+            raise WrongModelError("prompt", _GENERATIVE_ONLY)
+        options = prompt_options_from_proto(request.options)
+        kind = request.WhichOneof("prompt")
+        if kind == "chat":
+            ids = tokenizer.encode_chat(chat_from_proto(request.chat), options)
+        elif kind == "text":
+            special = not request.HasField("add_special_tokens") or request.add_special_tokens
+            ids = tokenizer.encode_text(request.text, options, add_special_tokens=special)
+        else:
+            raise TextError("prompt", "neither text nor chat is set; send one of them")
+        self._tokens.add(len(ids))
+        trace.get_current_span().set_attribute("miaotui.prompt.tokens", len(ids))
+        return pb.EncodePromptResponse(input_ids=ids_to_bytes(ids))
+
+    async def DecodeBatch(
+        self, request: pb.DecodeBatchRequest, context: Context
+    ) -> pb.DecodeBatchResponse:
+        """New tokens of many sequences to text."""
+        size = sum(len(item.token_ids) for item in request.items) // 4 + len(request.pieces)
+        try:
+            return await self._workers.run(size, lambda: self._decode_batch(request))
+        except (TextError, BusyError) as error:
+            await self._refuse(context, error)
+
+    def _decode_batch(self, request: pb.DecodeBatchRequest) -> pb.DecodeBatchResponse:
+        self._check_count("items", len(request.items))
+        self._check_count("pieces", len(request.pieces))
+        growths = [growth_from_proto(item, index) for index, item in enumerate(request.items)]
+        gained = self._detokenizer.read(growths, keep_special_tokens=request.keep_special_tokens)
+        return pb.DecodeBatchResponse(
+            items=[
+                pb.DecodedItem(
+                    text=item.text, prefix_offset=item.prefix_offset, read_offset=item.read_offset
+                )
+                for item in gained
+            ],
+            pieces=[self._detokenizer.piece(token) for token in request.pieces],
         )
 
     async def DecodeSpans(

@@ -21,11 +21,12 @@ from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 from miaotui.v1.calls_pb2 import CallHeader
 from services.rpc.calls import CallContext, CallError, CallServer
 from services.rpc.server import RpcServer
-from services.rpc.streaming import SingleCall, StreamedCallServer
-from tests.gateway.writer import FakeWriter
+from services.rpc.streaming_server import SingleCall, StreamedCallServer
+from tests.gateway.writer import END, FakeWriter
 
 ROOM = 64
 STRIDE = 16
+CONTEXT = 4096
 Context = aio.ServicerContext[Any, Any]
 
 
@@ -76,16 +77,31 @@ def _ints(values: list[int]) -> bytes:
 
 
 class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
-    """One token a character; windows of `ROOM` passage tokens."""
+    """One token a character; windows of `ROOM` passage tokens. Of prompts, a token is a byte."""
 
-    def __init__(self) -> None:
+    def __init__(self, fingerprint: str = "model-1", *, generative: bool = False) -> None:
         self.faults = Faults()
-        self.fingerprint = "model-1"
+        self.fingerprint = fingerprint
         self.tokenizer_fingerprint = "tokenizer-1"
+        self.generative = generative
+        self.asked: list[tokenizer_pb.EncodePromptRequest] = []
+        self.batches: list[int] = []
+        self.decode_codes: list[grpc.StatusCode] = []
         self.texts = 0
         self.prompts = 0
 
     async def Describe(self, request: Any, context: Context) -> Any:
+        if self.generative:
+            return tokenizer_pb.TokenizerServiceDescribeResponse(
+                model_fingerprint=self.fingerprint,
+                tokenizer_fingerprint=self.tokenizer_fingerprint,
+                vocab_size=END + 1,
+                kind=shard_pb.MODEL_KIND_GENERATIVE,
+                context_length=CONTEXT,
+                has_chat_template=True,
+                stop_token_ids=[END],
+                sampling=tokenizer_pb.SamplingDefaults(top_k=20),
+            )
         return tokenizer_pb.TokenizerServiceDescribeResponse(
             model_fingerprint=self.fingerprint,
             tokenizer_fingerprint=self.tokenizer_fingerprint,
@@ -141,8 +157,63 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         )
         await server.serve(request_iterator, context)
 
+    async def EncodePrompt(self, request: Any, context: Context) -> Any:
+        await self.faults.meet(context, request.request_id)
+        self.asked.append(request)
+        if request.WhichOneof("prompt") == "text":
+            return tokenizer_pb.EncodePromptResponse(input_ids=_ints([*request.text.encode()]))
+        if any(message.role == "refused" for message in request.chat.messages):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "chat: the template refuses it")
+        text = "".join(f"<{m.role}>{m.content}\n" for m in request.chat.messages)
+        return tokenizer_pb.EncodePromptResponse(input_ids=_ints([*f"{text}<assistant>".encode()]))
+
+    async def EncodePromptStream(  # type: ignore[override]
+        self, request_iterator: Any, context: Context
+    ) -> None:
+        server = CallServer(
+            "miaotui.v1.TokenizerService/EncodePrompt",
+            self.EncodePrompt,
+            lambda status, response: tokenizer_pb.EncodePromptStreamResponse(
+                call=status, response=response
+            ),
+        )
+        await server.serve(request_iterator, context)
+
+    async def DecodeBatch(self, request: Any, context: Context) -> Any:
+        self.batches.append(len(request.items))
+        if self.decode_codes:
+            await context.abort(self.decode_codes.pop(0), "the fake was told to fail")
+        response = tokenizer_pb.DecodeBatchResponse()
+        for item in request.items:
+            ids = np.frombuffer(item.token_ids, "<i4")
+            before, text = (
+                bytes(int(i) for i in run if i < END).decode("utf-8", "replace")
+                for run in (ids[: item.read_offset], ids)
+            )
+            if item.flush or (len(text) > len(before) and not text.endswith("\ufffd")):
+                response.items.add(
+                    text=text[len(before) :], prefix_offset=item.read_offset, read_offset=len(ids)
+                )
+            else:
+                response.items.add(read_offset=item.read_offset)
+        response.pieces.extend(bytes((i,)) if i < END else b"<end>" for i in request.pieces)
+        return response
+
+    async def DecodeBatchStream(  # type: ignore[override]
+        self, request_iterator: Any, context: Context
+    ) -> None:
+        server = CallServer(
+            "miaotui.v1.TokenizerService/DecodeBatch",
+            self.DecodeBatch,
+            lambda status, response: tokenizer_pb.DecodeBatchStreamResponse(
+                call=status, response=response
+            ),
+        )
+        await server.serve(request_iterator, context)
+
     async def Decode(self, request: Any, context: Context) -> Any:
-        raise NotImplementedError
+        text = bytes(i for i in request.ids if i < END).decode("utf-8", "replace")
+        return tokenizer_pb.DecodeResponse(text=text)
 
     async def DecodeSpans(self, request: Any, context: Context) -> Any:
         raise NotImplementedError
@@ -151,9 +222,10 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 class FakeShard(shard_pb2_grpc.ShardServiceServicer):
     """Stage 0 of two; finds the first run of digits after the separator."""
 
-    def __init__(self) -> None:
+    def __init__(self, fingerprint: str = "model-1", *, generative: bool = False) -> None:
         self.faults = Faults()
-        self.fingerprint = "model-1"
+        self.fingerprint = fingerprint
+        self.generative = generative
         self.status = shard_pb.STAGE_STATUS_SERVING
         self.index = 0
         self.describe_delays: list[float] = []
@@ -172,11 +244,17 @@ class FakeShard(shard_pb2_grpc.ShardServiceServicer):
                 end_layer=i + 1,
                 model_layers=2,
                 model_fingerprint=self.fingerprint,
-                model_name="fake",
-                model_type="bert",
+                model_name="fake-writer" if self.generative else "fake",
+                model_type="qwen3" if self.generative else "bert",
+                kind=(
+                    shard_pb.MODEL_KIND_GENERATIVE
+                    if self.generative
+                    else shard_pb.MODEL_KIND_EXTRACTIVE
+                ),
+                vocab_size=END + 1 if self.generative else 0,
                 compute_dtype=tensor_pb.DTYPE_FLOAT32,
                 wire_dtype=tensor_pb.DTYPE_FLOAT16,
-                max_sequence_length=512,
+                max_sequence_length=CONTEXT if self.generative else 512,
                 device="cpu",
                 parameter_bytes=1000,
                 model_parameter_bytes=2000,
@@ -247,22 +325,34 @@ class FakeShard(shard_pb2_grpc.ShardServiceServicer):
         return shard_pb.SpanLogits(start=start.tobytes(), end=end.tobytes())
 
 
+NAMES = ("tokenizer", "shard", "generator_tokenizer", "generator_shard")
+
+
 class Fakes:
-    """Both services on ports of their own."""
+    """The services of both models, on ports of their own."""
 
     def __init__(self) -> None:
         self.tokenizer = FakeTokenizer()
         self.shard = FakeShard()
+        self.generator_tokenizer = FakeTokenizer("writer-1", generative=True)
+        self.generator_shard = FakeShard("writer-1", generative=True)
         self.servers: dict[str, RpcServer] = {}
 
+    @property
+    def writer(self) -> FakeWriter:
+        """What the generator's shards write."""
+        return self.generator_shard.writer
+
     async def start(self, name: str, listen: str = "127.0.0.1:0") -> RpcServer:
-        """Starts, or restarts, one of them ("tokenizer", "shard")."""
-        if name == "tokenizer":
+        """Starts, or restarts, one of them, by its name in `NAMES`."""
+        if name.endswith("tokenizer"):
             server = RpcServer("miaotui.v1.TokenizerService")
-            tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(self.tokenizer, server.aio)
+            tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(
+                getattr(self, name), server.aio
+            )
         else:
             server = RpcServer("miaotui.v1.ShardService")
-            shard_pb2_grpc.add_ShardServiceServicer_to_server(self.shard, server.aio)
+            shard_pb2_grpc.add_ShardServiceServicer_to_server(getattr(self, name), server.aio)
         await server.start(listen)
         await server.set_serving(True)
         self.servers[name] = server
@@ -274,17 +364,21 @@ class Fakes:
 
     def reset(self) -> None:
         """Ends all faults and forgets the counts."""
-        self.tokenizer.faults.reset()
-        self.shard.faults.reset()
-        self.tokenizer.texts = self.tokenizer.prompts = 0
+        for tokenizer in (self.tokenizer, self.generator_tokenizer):
+            tokenizer.faults.reset()
+            tokenizer.texts = tokenizer.prompts = 0
+            tokenizer.asked, tokenizer.batches, tokenizer.decode_codes = [], [], []
+        for shard in (self.shard, self.generator_shard):
+            shard.faults.reset()
+            shard.writer.reset()
 
 
 @asynccontextmanager
 async def running_fakes() -> AsyncIterator[Fakes]:
-    """Both services, running."""
+    """All services, running."""
     fakes = Fakes()
-    await fakes.start("tokenizer")
-    await fakes.start("shard")
+    for name in NAMES:
+        await fakes.start(name)
     try:
         yield fakes
     finally:

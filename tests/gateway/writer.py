@@ -11,7 +11,7 @@ import numpy as np
 
 from miaotui.v1 import shard_pb2 as shard_pb
 from services.rpc.calls import CallError
-from services.rpc.streaming import Outlet
+from services.rpc.streaming_server import Outlet
 
 END = 256
 """The token that ends a text; 0 to 255 are bytes."""

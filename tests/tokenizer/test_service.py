@@ -20,6 +20,7 @@ from miaotui.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from miaotui.text.cleaning import TextOptions
 from miaotui.text.normalization import Normalization
 from miaotui.text.tokenizer import TextTokenizer, load_tokenizer
+from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tokenizer_pb2 as pb
 from tests.checkpoints import EXAMPLES
 from tests.processes import clean_environment
@@ -94,6 +95,7 @@ async def test_describe(stub: Stub, model: Path, tokenizer: TextTokenizer) -> No
         vocab_size=tokenizer.vocab_size,
         max_length=384,
         stride=128,
+        kind=shard_pb.MODEL_KIND_EXTRACTIVE,
     )
 
 
