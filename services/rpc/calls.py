@@ -187,11 +187,10 @@ def rpc_error(code: grpc.StatusCode, details: str) -> aio.AioRpcError:
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
-class _Link:
-    """One open stream and the calls that wait on it."""
+class StreamLink:
+    """One open stream and its calls. What waits for an answer is the subclass's."""
 
     def __init__(self, call: aio.StreamStreamCall[Any, Any]) -> None:
-        self.pending: dict[int, asyncio.Future[Any]] = {}
         self.closed = False
         self._call = call
         self._outbox: asyncio.Queue[Any] = asyncio.Queue()
@@ -199,7 +198,16 @@ class _Link:
         self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._read())]
 
     def send(self, message: Any) -> None:
+        """Queues a message; never waits."""
         self._outbox.put_nowait(message)
+
+    def deliver(self, answer: Any) -> None:
+        """Takes a message of the server's."""
+        raise NotImplementedError
+
+    def fail_all(self, error: aio.AioRpcError) -> None:
+        """The stream has ended, and with it every call."""
+        raise NotImplementedError
 
     async def _write(self) -> None:
         try:
@@ -215,9 +223,7 @@ class _Link:
                 answer: Any = await self._call.read()
                 if answer is aio.EOF:
                     break
-                future = self.pending.get(answer.call.call_id)
-                if future is not None and not future.done():
-                    future.set_result(answer)
+                self.deliver(answer)
             code, details = await self._call.code(), await self._call.details() or details
         except aio.AioRpcError as error:
             code, details = error.code(), error.details() or details
@@ -225,6 +231,7 @@ class _Link:
             self.close(code, details)
 
     def close(self, code: grpc.StatusCode, details: str) -> None:
+        """Ends the stream; its open calls fail with this status."""
         self.closed = True
         self._call.cancel()
         for task in self._tasks:
@@ -232,9 +239,41 @@ class _Link:
                 task.cancel()
         if code in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):
             code = grpc.StatusCode.UNAVAILABLE  # the stream's end is not the call's
+        self.fail_all(rpc_error(code, details))
+
+
+class _Link(StreamLink):
+    """A stream whose calls have one answer each."""
+
+    def __init__(self, call: aio.StreamStreamCall[Any, Any]) -> None:
+        self.pending: dict[int, asyncio.Future[Any]] = {}
+        super().__init__(call)
+
+    def deliver(self, answer: Any) -> None:
+        future = self.pending.get(answer.call.call_id)
+        if future is not None and not future.done():
+            future.set_result(answer)
+
+    def fail_all(self, error: aio.AioRpcError) -> None:
         for future in self.pending.values():
             if not future.done():
-                future.set_exception(rpc_error(code, details))
+                future.set_exception(error)
+
+
+def call_header(call_id: int, timeout: float | None, metadata: Any) -> pb.CallHeader:
+    """The header of a new call; `timeout` in seconds, `metadata` the W3C trace context."""
+    trace = dict(metadata or ())
+    return pb.CallHeader(
+        call_id=call_id,
+        timeout_micros=0 if timeout is None else max(1, int(timeout * 1e6)),
+        traceparent=trace.get("traceparent", ""),
+        tracestate=trace.get("tracestate", ""),
+    )
+
+
+def status_error(status: pb.CallStatus) -> aio.AioRpcError:
+    """The error that a call's status other than 0 stands for."""
+    return rpc_error(_CODES.get(status.code, grpc.StatusCode.UNKNOWN), status.message)
 
 
 class CallStream(Generic[RequestIn, ResponseOut]):
@@ -266,13 +305,7 @@ class CallStream(Generic[RequestIn, ResponseOut]):
         link = self._link
         if link is None or link.closed:
             link = self._link = _Link(self._method())
-        trace = dict(metadata or ())
-        header = pb.CallHeader(
-            call_id=next(self._ids),
-            timeout_micros=0 if timeout is None else max(1, int(timeout * 1e6)),
-            traceparent=trace.get("traceparent", ""),
-            tracestate=trace.get("tracestate", ""),
-        )
+        header = call_header(next(self._ids), timeout, metadata)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         link.pending[header.call_id] = future
         try:
@@ -289,8 +322,7 @@ class CallStream(Generic[RequestIn, ResponseOut]):
             del link.pending[header.call_id]
         status: pb.CallStatus = answer.call
         if status.code:
-            code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
-            raise rpc_error(code, status.message)
+            raise status_error(status)
         response: ResponseOut = answer.response
         return response
 

@@ -69,30 +69,40 @@ def _wrap(name: str, handler: Handler) -> Handler:
     return grpc.unary_unary_rpc_method_handler(called, **codec)
 
 
+def start_server_span(name: str, context: Any) -> Span:
+    """A server span within the caller's trace; `name` is "package.Service/Method"."""
+    carrier = {key: value for key, value in context.invocation_metadata() if key in _HEADERS}
+    service, _, method = name.partition("/")
+    return _tracer.start_span(
+        name,
+        context=extract_context(carrier),
+        kind=SpanKind.SERVER,
+        attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": method},
+    )
+
+
+def end_server_span(span: Span, code: grpc.StatusCode) -> None:
+    """Ends a server span with the call's status."""
+    span.set_attribute("rpc.grpc.status_code", code.value[0])
+    if code is not grpc.StatusCode.OK:
+        span.set_status(Status(StatusCode.ERROR, code.name))
+    span.end()
+
+
 @contextmanager
 def server_span(name: str, context: Any) -> Iterator[Span]:
     """The server span of one call; `name` is "package.Service/Method"."""
-    carrier = {key: value for key, value in context.invocation_metadata() if key in _HEADERS}
-    service, _, method = name.partition("/")
-    token = otel_context.attach(extract_context(carrier))
+    span = start_server_span(name, context)
+    token = otel_context.attach(trace.set_span_in_context(span))
+    code = grpc.StatusCode.OK
     try:
-        with _tracer.start_as_current_span(
-            name,
-            kind=SpanKind.SERVER,
-            attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": method},
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
-            try:
-                yield span
-            except BaseException:
-                code = _code(context)
-                span.set_attribute("rpc.grpc.status_code", code.value[0])
-                span.set_status(Status(StatusCode.ERROR, code.name))
-                raise
-            span.set_attribute("rpc.grpc.status_code", 0)
+        yield span
+    except BaseException:
+        code = _code(context)
+        raise
     finally:
         otel_context.detach(token)
+        end_server_span(span, code)
 
 
 def _code(context: Any) -> grpc.StatusCode:
