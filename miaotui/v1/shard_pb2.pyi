@@ -238,6 +238,8 @@ class ShardServiceDescribeResponse(_message.Message):
     SEQUENCES_TOTAL_FIELD_NUMBER: _builtins.int
     TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    KV_BLOCKS_USED_FIELD_NUMBER: _builtins.int
+    KV_BLOCKS_CACHED_FIELD_NUMBER: _builtins.int
     status: Global___StageStatus.ValueType
     """Whether it serves."""
     reason: _builtins.str
@@ -252,6 +254,10 @@ class ShardServiceDescribeResponse(_message.Message):
     """Tokens computed since start."""
     resident_bytes: _builtins.int
     """Resident memory of the process in bytes."""
+    kv_blocks_used: _builtins.int
+    """Stage 0 of a decoder: KV blocks that running sequences hold."""
+    kv_blocks_cached: _builtins.int
+    """Stage 0 of a decoder: KV blocks that nobody holds, kept for requests that begin alike."""
     @_builtins.property
     def stage(self) -> Global___StageInfo:
         """Who it is."""
@@ -272,10 +278,12 @@ class ShardServiceDescribeResponse(_message.Message):
         sequences_total: _builtins.int = ...,
         tokens_total: _builtins.int = ...,
         resident_bytes: _builtins.int = ...,
+        kv_blocks_used: _builtins.int = ...,
+        kv_blocks_cached: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stage", b"stage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pipeline", b"pipeline", "queued_sequences", b"queued_sequences", "reason", b"reason", "resident_bytes", b"resident_bytes", "running_sequences", b"running_sequences", "sequences_total", b"sequences_total", "stage", b"stage", "status", b"status", "tokens_total", b"tokens_total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_blocks_cached", b"kv_blocks_cached", "kv_blocks_used", b"kv_blocks_used", "pipeline", b"pipeline", "queued_sequences", b"queued_sequences", "reason", b"reason", "resident_bytes", b"resident_bytes", "running_sequences", b"running_sequences", "sequences_total", b"sequences_total", "stage", b"stage", "status", b"status", "tokens_total", b"tokens_total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
