@@ -38,6 +38,12 @@ class SequenceMeta:
     decode: DecodeSlice | None = None
     """Decoders: where the tokens lie in the sequence and in the KV cache."""
 
+    @property
+    def prefill(self) -> bool:
+        """Whether it holds a part of a prompt, and not just the next tokens of a text."""
+        item = self.decode
+        return item is not None and (item.begin is not None or self.length > item.samples)
+
     def expired(self) -> bool:
         """Whether nobody can use the result any more."""
         return self.deadline <= time.monotonic()

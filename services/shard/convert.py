@@ -6,11 +6,20 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 
+import torch
+
 from miaotui.engine.batch import Batch, DropCode, Dropped, SequenceMeta, StageTiming
 from miaotui.engine.tensors import TensorFormatError, from_wire, to_wire
 from miaotui.v1 import shard_pb2 as pb
 from miaotui.v1 import tensor_pb2
 from services.shard.codec import Frame
+from services.shard.slices import (
+    DecodeLimits,
+    read_sampled,
+    read_slices,
+    sampled_to_proto,
+    slice_to_proto,
+)
 
 DTYPES: Mapping[str, tensor_pb2.Dtype.ValueType] = {
     "float32": tensor_pb2.DTYPE_FLOAT32,
@@ -23,6 +32,17 @@ DTYPE_NAMES: Mapping[tensor_pb2.Dtype.ValueType, str] = {
 
 
 def _meta_to_proto(meta: SequenceMeta, now: float) -> pb.SequenceMeta:
+    if meta.decode is not None:
+        # Decoders' stages leave deadlines to stage 0, and report prompts only.
+        trace = meta.trace if meta.prefill else {}
+        return pb.SequenceMeta(
+            request_id=meta.request_id,
+            sequence=meta.sequence,
+            length=meta.length,
+            traceparent=trace.get("traceparent", ""),
+            tracestate=trace.get("tracestate", ""),
+            decode=slice_to_proto(meta.decode),
+        )
     # At least 1: 0 would mean that there is no deadline.
     left = 0 if math.isinf(meta.deadline) else max(1, int((meta.deadline - now) * 1e6))
     return pb.SequenceMeta(
@@ -73,7 +93,8 @@ def timings_to_proto(timings: Iterable[StageTiming]) -> list[pb.StageTiming]:
 def batch_to_frame(batch: Batch, wire_dtype: str, *, results: bool) -> Frame:
     """A batch to a frame; its payload is a view of the tensor where the dtypes agree.
 
-    `results`: `hidden` holds float32 logits for stage 0, not activations for the next stage.
+    `results`: `hidden` holds float32 logits for stage 0, not activations for the next stage;
+    a decoder's results are the sampled tokens alone.
     """
     now = time.monotonic()
     header, payload = tensor_pb2.TensorHeader(), memoryview(b"")
@@ -81,7 +102,9 @@ def batch_to_frame(batch: Batch, wire_dtype: str, *, results: bool) -> Frame:
         tensor = to_wire(batch.hidden, "float32" if results else wire_dtype)
         header = tensor_pb2.TensorHeader(dtype=DTYPES[tensor.dtype], shape=tensor.shape)
         payload = tensor.data
-    sequences = [_meta_to_proto(meta, now) for meta in batch.sequences]
+    sampled = batch.sampled
+    kept = batch.sequences if sampled is None else []
+    sequences = [_meta_to_proto(meta, now) for meta in kept]
     dropped = _dropped_to_proto(batch.dropped)
     timings = timings_to_proto(batch.timings)
     if results:
@@ -92,6 +115,7 @@ def batch_to_frame(batch: Batch, wire_dtype: str, *, results: bool) -> Frame:
             dropped=dropped,
             timings=timings,
             payload_bytes=payload.nbytes,
+            sampled=map(sampled_to_proto, sampled or ()),
         )
         return Frame(pb.ForwardRequest(results=done), payload)
     message = pb.Batch(
@@ -102,35 +126,46 @@ def batch_to_frame(batch: Batch, wire_dtype: str, *, results: bool) -> Frame:
         timings=timings,
         in_flight=batch.in_flight,
         payload_bytes=payload.nbytes,
+        released=batch.released,
     )
     return Frame(pb.ForwardRequest(batch=message), payload)
 
 
-def frame_to_batch(frame: Frame, width: int) -> Batch:
+def frame_to_batch(frame: Frame, width: int, decode: DecodeLimits | None = None) -> Batch:
     """A batch or results frame to a batch; `hidden` is a view of the frame's bytes.
 
-    `width`: the tensor's second dimension, hidden_size or 2. Raises `TensorFormatError`
-    where the tensor, its header and the sequences do not fit one another.
+    `width`: the tensor's second dimension, hidden_size or 2. `decode`: of a decoder, whose
+    results have `sampled` and no tensor. Raises `TensorFormatError` where the tensor, its
+    header and the sequences do not fit one another.
     """
     now = time.monotonic()
-    results = frame.message.WhichOneof("frame") == "results"
-    message = frame.message.results if results else frame.message.batch
-    header = frame.message.results.logits if results else frame.message.batch.hidden
+    if frame.message.WhichOneof("frame") == "results":
+        results = frame.message.results
+        batch = _batch(results, now)
+        if decode is None:
+            batch.hidden = _tensor(frame, results.logits, batch, width)
+        elif batch.sequences or frame.payload.nbytes:
+            raise TensorFormatError("a decoder's results with a tensor")
+        else:
+            batch.sampled = [read_sampled(item, decode.vocabulary) for item in results.sampled]
+        return batch
+    message = frame.message.batch
+    batch = _batch(message, now)
+    batch.hidden = _tensor(frame, message.hidden, batch, width)
+    batch.in_flight = max(1, message.in_flight)
+    if decode is not None:
+        slices = read_slices(message.sequences, decode)
+        for meta, item in zip(batch.sequences, slices, strict=True):
+            meta.decode = item
+        batch.released = list(message.released)
+    return batch
+
+
+def _batch(message: pb.Batch | pb.Results, now: float) -> Batch:
+    """What batches and results have in common."""
     sequences = [_meta_from_proto(meta, now) for meta in message.sequences]
     if any(meta.length == 0 for meta in sequences):
         raise TensorFormatError("a sequence of no tokens")
-    tokens = sum(meta.length for meta in sequences)
-    hidden = None
-    if sequences:
-        name = DTYPE_NAMES.get(header.dtype)
-        if name is None:
-            raise TensorFormatError(f"dtype {header.dtype} is not known")
-        shape = tuple(header.shape)
-        if shape != (tokens, width):
-            raise TensorFormatError(
-                f"a tensor of shape {list(shape)[:4]} for {tokens} tokens of width {width}"
-            )
-        hidden = from_wire(frame.payload, name, shape)
     try:
         dropped = [
             Dropped(d.request_id, d.sequence, DropCode(d.code), d.message) for d in message.dropped
@@ -147,5 +182,21 @@ def frame_to_batch(frame: Frame, width: int) -> Batch:
         )
         for t in message.timings
     ]
-    in_flight = 1 if results else max(1, frame.message.batch.in_flight)
-    return Batch(message.batch_id, sequences, hidden, dropped, timings, in_flight)
+    return Batch(message.batch_id, sequences, None, dropped, timings)
+
+
+def _tensor(
+    frame: Frame, header: tensor_pb2.TensorHeader, batch: Batch, width: int
+) -> torch.Tensor | None:
+    """The batch's tensor; None where no sequence is left."""
+    if not batch.sequences:
+        return None
+    name = DTYPE_NAMES.get(header.dtype)
+    if name is None:
+        raise TensorFormatError(f"dtype {header.dtype} is not known")
+    shape = tuple(header.shape)
+    if shape != (batch.tokens, width):
+        raise TensorFormatError(
+            f"a tensor of shape {list(shape)[:4]} for {batch.tokens} tokens of width {width}"
+        )
+    return from_wire(frame.payload, name, shape)

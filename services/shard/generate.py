@@ -1,0 +1,83 @@
+"""Requests for text, and the news of them: messages to what the engine takes, and back."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from miaotui.engine.decode.types import (
+    GenerationRequest,
+    GenerationUpdate,
+    GenerationUsage,
+    TextDelta,
+)
+from miaotui.v1 import shard_pb2 as pb
+from services.shard.sampling import InvalidFieldError, logprobs_to_proto, read_ids, read_sampling
+
+MAX_TEXTS = 128
+MAX_STOP_TOKENS = 1024
+
+
+def read_request(
+    message: pb.GenerateRequest, *, vocabulary: int, context: int
+) -> GenerationRequest:
+    """A request. Raises `InvalidFieldError`, whose message the caller may read.
+
+    `context`: tokens of the longest sequence.
+    """
+    prompt = read_ids(message.input_ids, "input_ids", vocabulary)
+    if not len(prompt):
+        raise InvalidFieldError("input_ids: a prompt has at least one token")
+    if len(prompt) >= context:
+        raise InvalidFieldError(
+            f"input_ids: {len(prompt)} tokens; this model takes {context} with what it writes, "
+            f"so a prompt may have {context - 1} at most"
+        )
+    if message.n > MAX_TEXTS:
+        raise InvalidFieldError(f"n: {message.n}; at most {MAX_TEXTS}")
+    stops = message.stop_token_ids
+    if len(stops) > MAX_STOP_TOKENS:
+        raise InvalidFieldError(f"stop_token_ids: {len(stops)}; at most {MAX_STOP_TOKENS}")
+    if stops and max(stops) >= vocabulary:
+        raise InvalidFieldError(f"stop_token_ids: ids must lie from 0 to {vocabulary - 1}")
+    return GenerationRequest(
+        prompt=prompt,
+        sampling=read_sampling(message.sampling, vocabulary),
+        max_tokens=min(message.max_tokens, context),
+        stop_token_ids=frozenset(stops),
+        n=message.n or 1,
+        draft_tokens=min(message.draft_tokens, context)
+        if message.HasField("draft_tokens")
+        else None,
+    )
+
+
+def update_to_proto(update: GenerationUpdate) -> pb.GenerateResponse:
+    """News of a request to their message."""
+    response = pb.GenerateResponse()
+    for delta in update.deltas:
+        _add_delta(response, delta)
+    if update.usage is not None:
+        response.usage.CopyFrom(_usage_to_proto(update.usage))
+    return response
+
+
+def _add_delta(response: pb.GenerateResponse, delta: TextDelta) -> None:
+    message = response.deltas.add(
+        index=delta.index, token_ids=np.asarray(delta.token_ids, np.int32).tobytes()
+    )
+    if delta.logprobs:
+        message.logprobs.extend(map(logprobs_to_proto, delta.logprobs))
+    if delta.finish_reason is not None:
+        message.finish_reason = pb.FinishReason.ValueType(int(delta.finish_reason))
+
+
+def _usage_to_proto(usage: GenerationUsage) -> pb.GenerationUsage:
+    return pb.GenerationUsage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        completion_tokens=usage.completion_tokens,
+        drafted_tokens=usage.drafted_tokens,
+        accepted_tokens=usage.accepted_tokens,
+        queue_micros=max(0, int(usage.queue_seconds * 1e6)),
+        preemptions=usage.preemptions,
+    )
