@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from opentelemetry import metrics
+from opentelemetry.metrics import Observation
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -64,6 +66,12 @@ class RedisBackend:
         self._timeout = timeout
         self._on_failure = on_failure
         self._breaker = Breaker("Redis", self._works)
+        # Failures are not enough to watch: while Redis is avoided, nothing fails.
+        metrics.get_meter("miaotui.gateway").create_observable_gauge(
+            "miaotui.gateway.cache.up",
+            callbacks=[lambda _: [Observation(int(self.healthy))]],
+            description="1 while Redis is used, 0 while it is avoided because it failed",
+        )
 
     @property
     def healthy(self) -> bool:
