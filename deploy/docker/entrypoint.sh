@@ -1,0 +1,12 @@
+#!/bin/sh
+# Runs `miaotui ARGUMENTS`. A variable NAME_FILE is read into NAME, so that secrets can be files.
+set -eu
+for variable in REDIS_URL MIAOTUI_GATEWAY_CACHE_SECRET; do
+  eval "file=\${${variable}_FILE:-}"
+  if [ -n "$file" ]; then
+    value=$(cat "$file")
+    export "$variable=$value"
+    unset "${variable}_FILE"
+  fi
+done
+exec miaotui "$@"
