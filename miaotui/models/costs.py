@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
-from miaotui.models.families import ModelShape
+from miaotui.models.decoder_stage import DecoderStageModel
 from miaotui.models.layers import LayerRange
+from miaotui.models.loading import load_stage
+from miaotui.models.shape import ModelShape
 from miaotui.models.stage import StageModel
 
 # Tokens of the sequence that costs are stated for: a question and a paragraph.
@@ -57,16 +59,25 @@ class ModelCosts:
 def estimate_costs(shape: ModelShape, length: int = TYPICAL_LENGTH) -> ModelCosts:
     """Estimate costs for one sequence of `length` tokens in FLOPs, from dimensions alone.
 
-    A layer: 2 FLOPs a weight of its four attention and two feed-forward matrices for each
-    token, and 4 * length * hidden for its scores and their application. The embeddings and
-    the head's two columns are bound by the bytes they move.
+    A layer: 2 FLOPs a weight of its attention and feed-forward matrices for each token, and
+    4 * length * heads * head_dim for its scores and their application. The embeddings and
+    a span head's two columns are bound by the bytes they move. A decoder writes the sequence
+    token by token, so that its language-model head is computed for each token, too.
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
-    matrices = 2.0 * (4 * hidden * hidden + 2 * hidden * inner)
-    attention = 4.0 * length * hidden
-    # Three look-ups, two sums and a normalisation: about eight passes over float32 [1, hidden].
-    embeddings = 8 * 4 * hidden * _FLOPS_PER_BYTE
-    head = 2.0 * 2 * hidden + 4 * hidden * _FLOPS_PER_BYTE
+    width = shape.heads * shape.head_dim or hidden
+    kv_width = shape.kv_heads * shape.head_dim or hidden
+    projections = 2 * hidden * width + 2 * hidden * kv_width
+    matrices = 2.0 * (projections + (3 if shape.gated else 2) * hidden * inner)
+    attention = 4.0 * length * width
+    if shape.kind == "generative":
+        # One look-up, and at most a scaling or a sum.
+        embeddings = 3 * 4 * hidden * _FLOPS_PER_BYTE
+        head = 2.0 * hidden * shape.vocab_size
+    else:
+        # Three look-ups, two sums and a normalisation: eight passes over float32 [1, hidden].
+        embeddings = 8 * 4 * hidden * _FLOPS_PER_BYTE
+        head = 2.0 * 2 * hidden + 4 * hidden * _FLOPS_PER_BYTE
     layer = length * (matrices + attention)
     return ModelCosts(length * embeddings, (layer,) * shape.layers, length * head, "flop")
 
@@ -87,24 +98,52 @@ def measure_costs(
     Raises:
         UnsupportedModelError, CheckpointError, ValueError: as for `StageModel.load`.
     """
-    first = StageModel.load(directory, LayerRange(0, 1), dtype=dtype, device=device)
-    count, width = first.info.model_layers, first.info.hidden_size
-    length = min(length, first.info.max_sequence_length)
-    ids = torch.arange(length) % first.info.vocab_size
-    hidden = torch.randn(length, width, device=first.info.device)
-    embeddings = _seconds(lambda: first.embed(ids, None, [length]), repeats, first.info.device)
-    layer = _seconds(lambda: first.layers(hidden, [length]), repeats, first.info.device)
+    first = load_stage(directory, LayerRange(0, 1), dtype=dtype, device=device)
+    info = first.info
+    count, width = info.model_layers, info.hidden_size
+    length = min(length, info.max_sequence_length)
+    ids = torch.arange(length) % info.vocab_size
+    hidden = torch.randn(length, width, device=info.device)
     last = first
     if count > 1:
-        last = StageModel.load(
+        last = load_stage(
             directory,
             LayerRange(count - 1, count),
             dtype=dtype,
             device=device,
-            fingerprint=first.info.fingerprint,
+            fingerprint=info.fingerprint,
         )
-    head = _seconds(lambda: last.head(hidden), repeats, first.info.device)
+    parts: tuple[Callable[[], object], ...]
+    if isinstance(first, DecoderStageModel):
+        assert isinstance(last, DecoderStageModel)
+        parts = _decoder_parts(first, last, ids, hidden)
+    else:
+        assert isinstance(last, StageModel)
+        parts = _extractive_parts(first, last, ids, hidden)
+    embeddings, layer, head = (_seconds(part, repeats, info.device) for part in parts)
     return ModelCosts(embeddings, (layer,) * count, head, "s")
+
+
+def _extractive_parts(
+    first: StageModel, last: StageModel, ids: torch.Tensor, hidden: torch.Tensor
+) -> tuple[Callable[[], object], ...]:
+    lengths = [len(ids)]
+    return (
+        lambda: first.embed(ids, None, lengths),
+        lambda: first.layers(hidden, lengths),
+        lambda: last.head(hidden),
+    )
+
+
+def _decoder_parts(
+    first: DecoderStageModel, last: DecoderStageModel, ids: torch.Tensor, hidden: torch.Tensor
+) -> tuple[Callable[[], object], ...]:
+    ready = hidden.to(getattr(torch, last.info.dtype))
+    return (
+        lambda: first.embed(ids),
+        lambda: first.layers(hidden),
+        lambda: last.logits(ready),
+    )
 
 
 def _seconds(call: Callable[[], object], repeats: int, device: str) -> float:

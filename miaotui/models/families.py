@@ -4,9 +4,8 @@ A family builds a stage's *skeleton*: transformers' own module tree on the meta 
 memory) with everything that the stage does not hold cut away. The skeleton's state dict then
 names exactly the tensors to read from the checkpoint, by transformers' own names.
 
-A further kind of family (decoders, say) is another class with the `Family` protocol's members
-and an entry in the registry; loading, fingerprints and partitions work on skeletons and need
-not change.
+Families of encoders are here, those of decoders in `decoder_families`; a further kind is
+another class with the `Family` protocol's members and an entry in the registry.
 """
 
 from __future__ import annotations
@@ -21,28 +20,12 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering
 
 from miaotui.models.attention import PACKED_ATTENTION, PackedSequences
 from miaotui.models.checkpoint import Checkpoint
+from miaotui.models.decoder_families import DECODERS
 from miaotui.models.errors import CheckpointError, UnsupportedModelError
 from miaotui.models.layers import LayerRange
+from miaotui.models.shape import ModelKind, ModelShape
 
 _HEAD = "qa_outputs"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """What a configuration says about a model's dimensions.
-
-    `max_sequence_length` is in tokens and has RoBERTa's position offset taken off;
-    `type_vocab_size` is 0 where the family has no token types.
-    """
-
-    model_type: str
-    layers: int
-    hidden_size: int
-    intermediate_size: int
-    heads: int
-    vocab_size: int
-    type_vocab_size: int
-    max_sequence_length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +42,25 @@ class Skeleton:
     embedding: Embedding | None
     layers: tuple[nn.Module, ...]
     head: nn.Module | None
+
+    @property
+    def float32(self) -> nn.Module | None:
+        """The module that is held in float32 whatever the compute dtype."""
+        return self.head
+
+
+class StageSkeleton(Protocol):
+    """What planning needs of a stage's modules, whatever the kind of the family."""
+
+    @property
+    def root(self) -> nn.Module:
+        """All of the stage's modules."""
+        ...
+
+    @property
+    def float32(self) -> nn.Module | None:
+        """The module that is held in float32 whatever the compute dtype."""
+        ...
 
 
 class Embedding(Protocol):
@@ -82,15 +84,20 @@ class Family(Protocol):
         """Transformers' `model_type`."""
         ...
 
+    @property
+    def kind(self) -> ModelKind:
+        """Whether its models find answers in a text or write on."""
+        ...
+
     def shape(self, config: Any) -> ModelShape:
         """Return the model's dimensions; raises `UnsupportedModelError`."""
         ...
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Refuse a checkpoint that cannot answer questions; raises `UnsupportedModelError`."""
+        """Refuse a checkpoint without the family's head; raises `UnsupportedModelError`."""
         ...
 
-    def skeleton(self, config: Any, layers: LayerRange) -> Skeleton:
+    def skeleton(self, config: Any, layers: LayerRange) -> StageSkeleton:
         """Return the modules of the stage that holds `layers`, on the meta device."""
         ...
 
@@ -115,6 +122,11 @@ class ExtractiveFamily:
     padded_positions: bool = False
     token_types: bool = True
     projection: str | None = None
+
+    @property
+    def kind(self) -> ModelKind:
+        """These find answers in a text."""
+        return "extractive"
 
     def shape(self, config: Any) -> ModelShape:
         """Return the model's dimensions.
@@ -292,7 +304,9 @@ _EXTRACTIVE: Sequence[ExtractiveFamily] = (
     ExtractiveFamily("electra", base="electra", projection="embeddings_project"),
 )
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _EXTRACTIVE}
+_ALL: list[Family] = [*_EXTRACTIVE, *DECODERS]
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}
 
 
 def find_family(model_type: object, where: object) -> Family:
@@ -305,8 +319,10 @@ def find_family(model_type: object, where: object) -> Family:
     if family is None:
         kind = f"model_type {model_type!r}" if model_type else "a config.json without model_type"
         raise UnsupportedModelError(
-            f"{where}: {kind} is not supported; supported are {', '.join(sorted(FAMILIES))}, "
-            "each with a question-answering head"
+            f"{where}: {kind} is not supported; supported are "
+            f"{', '.join(sorted(f.model_type for f in _EXTRACTIVE))} with a question-answering "
+            f"head, and {', '.join(sorted(f.model_type for f in DECODERS))} with a language-model "
+            "head"
         )
     return family
 
@@ -322,8 +338,9 @@ def build_config(checkpoint_config: Mapping[str, Any], where: object) -> Any:
     """
     values = {key: value for key, value in checkpoint_config.items() if key != "auto_map"}
     family = find_family(values.pop("model_type", None), where)
-    # Memory-saving chunks change nothing in the result and would have to divide the tokens.
-    values["chunk_size_feed_forward"] = 0
+    if family.kind == "extractive":
+        # Memory-saving chunks change nothing in the result and would have to divide the tokens.
+        values["chunk_size_feed_forward"] = 0
     try:
         return AutoConfig.for_model(family.model_type, **values)
     except Exception as error:  # transformers' strict dataclasses raise many kinds

@@ -12,16 +12,28 @@ from torch import nn
 
 from miaotui.models.attention import PackedSequences
 from miaotui.models.checkpoint import Checkpoint
-from miaotui.models.errors import BatchError, PartitionError
-from miaotui.models.families import Family, ModelShape, Skeleton, build_config, find_family
+from miaotui.models.errors import BatchError, PartitionError, UnsupportedModelError
+from miaotui.models.families import (
+    ExtractiveFamily,
+    Family,
+    Skeleton,
+    StageSkeleton,
+    build_config,
+    find_family,
+)
 from miaotui.models.fingerprint import model_fingerprint
 from miaotui.models.layers import LayerRange
 from miaotui.models.precision import dtype_name, resolve_device, resolve_dtype
+from miaotui.models.shape import ModelKind, ModelShape
 
 
 @dataclass(frozen=True, slots=True)
 class StageInfo:
-    """Who a stage is and what it holds. Bytes count parameters in the compute dtype."""
+    """Who a stage is and what it holds. Bytes count parameters in the compute dtype.
+
+    `kv_blocks` and `kv_block_tokens`, its KV cache's blocks and the tokens of each, are 0 for
+    extractive models, which keep nothing.
+    """
 
     first_layer: int
     end_layer: int
@@ -36,6 +48,9 @@ class StageInfo:
     model_parameter_bytes: int
     dtype: str
     device: str
+    kind: ModelKind = "extractive"
+    kv_blocks: int = 0
+    kv_block_tokens: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -44,7 +59,7 @@ class StageInfo:
 
     @property
     def is_last(self) -> bool:
-        """Whether the stage returns span logits."""
+        """Whether the stage returns span logits, or tokens."""
         return self.end_layer == self.model_layers
 
 
@@ -106,6 +121,11 @@ class StageModel:
         compute = resolve_dtype(dtype, target)
         checkpoint = Checkpoint.open(directory)
         family, config, shape = inspect_model(checkpoint)
+        if not isinstance(family, ExtractiveFamily):
+            raise UnsupportedModelError(
+                f"{directory}: a {family.model_type} model generates text and does not find "
+                "answers; give one with a question-answering head"
+            )
         layers = LayerRange(0, shape.layers) if layers is None else layers
         if layers.end > shape.layers:
             raise PartitionError(
@@ -282,9 +302,9 @@ def inspect_model(checkpoint: Checkpoint) -> tuple[Family, Any, ModelShape]:
     return family, config, family.shape(config)
 
 
-def parameter_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:
-    """Return the bytes of a stage's parameters; layers in `dtype`, the head in float32."""
-    head = skeleton.head
+def parameter_bytes(skeleton: StageSkeleton, dtype: torch.dtype) -> int:
+    """Return the bytes of a stage's parameters in `dtype`; a span head in float32."""
+    head = skeleton.float32
     total = sum(parameter.numel() for parameter in skeleton.root.parameters())
     in_head = 0 if head is None else sum(parameter.numel() for parameter in head.parameters())
     return (total - in_head) * dtype.itemsize + in_head * torch.float32.itemsize
@@ -304,9 +324,11 @@ def _fill(
     state |= checkpoint.read(head_shapes, torch.float32, device)
     skeleton.root.load_state_dict(state, assign=True)
     skeleton.root.requires_grad_(False)
-    _check_materialised(skeleton.root)
+    check_materialised(skeleton.root)
 
 
-def _check_materialised(root: nn.Module) -> None:
-    left = [name for name, tensor in root.state_dict().items() if tensor.is_meta]
+def check_materialised(root: nn.Module) -> None:
+    """Assert that no tensor of a stage was forgotten, whether or not checkpoints hold it."""
+    tensors = [*root.named_parameters(), *root.named_buffers()]
+    left = [name for name, tensor in tensors if tensor.is_meta]
     assert not left, f"tensors were not loaded: {left}"

@@ -41,7 +41,7 @@ def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], No
     save_file(tensors, directory / WEIGHTS)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "t5", "made-up", None, 7])
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "t5", "made-up", None, 7])
 def test_unsupported_family(bert: Path, model_type: object) -> None:
     edit_config(bert, model_type=model_type)
     with pytest.raises(UnsupportedModelError, match=r"supported are bert, distilbert, electra"):
