@@ -77,6 +77,7 @@ def variable(settings: type[BaseSettings], name: str) -> str:
 def _parameter(name: str, settings: type[BaseSettings], env: str) -> inspect.Parameter:
     info = settings.model_fields[name]
     option: Any = typer.Option(
+        None,
         f"--{name.replace('_', '-')}",
         help=_help(info, env),
         show_default=False,

@@ -19,6 +19,8 @@ def load_settings(kind: type[Settings]) -> Settings:
         prefix = str(kind.model_config.get("env_prefix", ""))
         for fault in error.errors(include_url=False, include_input=False):
             where = ".".join(str(part) for part in fault["loc"])
-            name = f"{prefix}{where}".upper() if where else "settings"
+            # A field with a name of its own in the environment is called by that name already.
+            own = where.isupper() and not where.startswith(prefix)
+            name = (where if own else f"{prefix}{where}".upper()) if where else "settings"
             print(f"{name}: {fault['msg']}", file=sys.stderr)
         sys.exit(2)
