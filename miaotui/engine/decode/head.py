@@ -1,0 +1,426 @@
+"""Stage 0 as the head of a decoder's pipeline: requests, batches in flight, and replay."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+
+from miaotui.engine.batch import Batch, DropCode
+from miaotui.engine.decode.flight import fits, load
+from miaotui.engine.decode.requests import OpenRequest, Sink, ending
+from miaotui.engine.decode.scheduler import DecodeScheduler, Plan, Slice
+from miaotui.engine.decode.sequence import NO_TOKENS, State, Text
+from miaotui.engine.decode.settings import GenerationSettings
+from miaotui.engine.decode.types import (
+    FinishReason,
+    GenerationRequest,
+    GenerationUpdate,
+    GenerationUsage,
+    SampledTokens,
+    TokenIds,
+)
+from miaotui.engine.decode.validation import InvalidRequestError, check_fits, check_request
+from miaotui.engine.head import ComputeError, DeadlineError, PipelineUnavailableError
+
+log = logging.getLogger(__name__)
+
+
+class Handle:
+    """A request that was taken."""
+
+    __slots__ = ("_head", "_work")
+
+    def __init__(self, head: GenerationHead, work: OpenRequest) -> None:
+        self._head = head
+        self._work = work
+
+    @property
+    def request_id(self) -> str:
+        """As the pipeline knows it."""
+        return self._work.key
+
+    def cancel(self) -> None:
+        """Frees what the request holds; its sink is not called again. Harmless after its end."""
+        self._work.muted = True
+        self._head.abandon(self._work)
+
+
+class GenerationHead:
+    """Holds requests from arrival to the last token. The event loop owns it; nothing here
+    computes.
+
+    `compute(batch, input_ids)` runs a batch through stage 0 (`input_ids`: int32 [tokens], the
+    sequences laid end to end). It is entered in the order of the batches and must compute them
+    in this order. It does not raise for a batch's sake but fails the batch. `send(batch)`
+    passes one to stage 1, in the same order and not before the call before has returned; None
+    where there is only one stage: then `batch.sampled` is there after `compute`.
+    """
+
+    def __init__(
+        self,
+        settings: GenerationSettings,
+        *,
+        compute: Callable[[Batch, TokenIds], Awaitable[None]],
+        send: Callable[[Batch], Awaitable[None]] | None,
+    ) -> None:
+        self.settings = settings
+        self.scheduler = DecodeScheduler(settings)
+        self._compute = compute
+        self._send = send
+        self._requests: dict[str, OpenRequest] = {}
+        self._flights: dict[int, Plan] = {}
+        self._decoding = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._last_sent: asyncio.Future[None] | None = None
+        self._batch_ids = itertools.count(1)
+        self._request_ids = itertools.count(1)
+        self._texts = 0
+        self._news: dict[OpenRequest, None] = {}
+        self._pumping = False
+        self._delivering = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._ready = False
+        self._reason = "the pipeline has not been verified yet"
+        self._down_since = -math.inf
+        self._give_up: asyncio.TimerHandle | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the pipeline is complete."""
+        return self._ready
+
+    @property
+    def running_sequences(self) -> int:
+        """Texts that hold KV blocks."""
+        return self.scheduler.running
+
+    @property
+    def queued(self) -> int:
+        """Texts that wait."""
+        return len(self.scheduler.waiting)
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
+    # -- requests --------------------------------------------------------------------------
+
+    def submit(
+        self,
+        request_id: str,
+        request: GenerationRequest,
+        sink: Sink,
+        *,
+        deadline: float = math.inf,
+        trace: Mapping[str, str] | None = None,
+    ) -> Handle:
+        """Takes a request, or raises.
+
+        `sink` is called on the event loop, at most once a step, with what is new; after an
+        update with `usage`, or an exception (`PipelineUnavailableError`, `DeadlineError`,
+        `ComputeError`, `InvalidRequestError`), no more. `deadline` on `time.monotonic()`.
+
+        Raises `InvalidRequestError` (a ValueError), `QueueFullError`,
+        `PipelineUnavailableError` or `DeadlineError`.
+        """
+        now = time.monotonic()
+        if not self._ready and now - self._down_since > self.settings.grace:
+            raise PipelineUnavailableError(self._reason)
+        if deadline <= now:
+            raise DeadlineError("the deadline has passed already")
+        settings = self.settings
+        capacity = self.scheduler.capacity
+        check_request(
+            request,
+            vocabulary=settings.vocabulary,
+            context=settings.context,
+            capacity=capacity,
+            texts=settings.queue_sequences,
+        )
+        work = OpenRequest(
+            # Callers may reuse their ids; the pipeline's must be unique while in flight.
+            key=f"{request_id}#{next(self._request_ids)}",
+            request=request,
+            trace=trace or {},
+            arrived=now,
+            usage=GenerationUsage(prompt_tokens=len(request.prompt)),
+            sink=sink,
+        )
+        self.scheduler.waiting.check(request.n, request.n * len(request.prompt))
+        texts = work.add_texts(self._texts, settings.draft_tokens)
+        self._texts += len(texts)
+        work.bound(settings.context, capacity)
+        self.scheduler.add(texts)
+        self._requests[work.key] = work
+        self._idle.clear()
+        if not math.isinf(deadline):
+            error = DeadlineError("the deadline passed before the text was complete")
+            loop = asyncio.get_running_loop()
+            work.timer = loop.call_later(deadline - now, self._fail, work, error)
+        # What else arrives in this turn of the loop may join the batch.
+        self._pump_soon()
+        return Handle(self, work)
+
+    async def generate(
+        self,
+        request_id: str,
+        request: GenerationRequest,
+        *,
+        deadline: float = math.inf,
+        trace: Mapping[str, str] | None = None,
+    ) -> AsyncIterator[GenerationUpdate]:
+        """Yields a request's updates; raises what `submit` raises and its sink is told.
+
+        Closing the iterator, or cancelling the task that waits for it, cancels the request.
+        """
+        updates: asyncio.Queue[GenerationUpdate | Exception] = asyncio.Queue()
+        handle = self.submit(
+            request_id, request, updates.put_nowait, deadline=deadline, trace=trace
+        )
+        try:
+            while True:
+                update = await updates.get()
+                if isinstance(update, Exception):
+                    raise update
+                yield update
+                if update.usage is not None:
+                    return
+        finally:
+            handle.cancel()
+
+    def abandon(self, work: OpenRequest) -> None:
+        """Ends a request that nobody waits for any more."""
+        if work.key in self._requests:
+            self._close(work)
+
+    async def drain(self, seconds: float) -> None:
+        """Waits until nothing is open, for at most `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            log.info("%d requests are still open", len(self._requests))
+
+    # -- the pipeline ----------------------------------------------------------------------
+
+    def pipeline_up(self, blocks: int, block_tokens: int) -> None:
+        """All stages are there and fit together; each has at least so many KV blocks."""
+        pool = self.scheduler.pool
+        if pool is None or (blocks, block_tokens) != (pool.blocks, self.scheduler.block_tokens):
+            self.pipeline_down("the KV cache has another size now")
+            self.scheduler.configure(blocks, block_tokens)
+            self._refit()
+        self._ready = True
+        if self._give_up is not None:
+            self._give_up.cancel()
+            self._give_up = None
+        self._pump_soon()
+
+    def pipeline_down(self, reason: str) -> None:
+        """A link broke: texts go on where they were once the pipeline is back."""
+        self._reason = reason
+        if not self._ready:
+            return
+        self._ready = False
+        self._down_since = time.monotonic()
+        loop = asyncio.get_running_loop()
+        self._give_up = loop.call_later(self.settings.grace, self._fail_all)
+        self._flights.clear()
+        self._decoding = 0
+        # A call that hangs on the old link must not hold up the new one.
+        self._last_sent = None
+        replay = self.scheduler.reset()
+        for text in replay:
+            text.attempts += 1
+            if text.attempts >= self.settings.max_attempts:
+                error = PipelineUnavailableError(
+                    f"the pipeline broke {text.attempts} times under this request: {reason}"
+                )
+                self._fail(_request(text), error)
+        if replay:
+            log.warning("%d texts will be computed again: %s", len(replay), reason)
+
+    def complete(self, batch: Batch) -> None:
+        """Takes a batch's results."""
+        plan = self._flights.pop(batch.batch_id, None)
+        if plan is None:
+            return  # of a pipeline that broke meanwhile: its texts are computed again
+        self._decoding -= plan.decodes
+        live = [item for item in plan.slices if item.live]
+        sampled = {item.sequence_id: item for item in batch.sampled or ()}
+        problem = batch.dropped[0].message if batch.dropped else ""
+        if not problem and not all(fits(item, sampled.get(item.sequence_id)) for item in live):
+            problem = "the stages returned something else than they were asked for"
+            log.error("batch %d: %s", batch.batch_id, problem)
+        if problem:
+            self._failed(live, problem)
+        else:
+            for item in live:
+                if item.samples:
+                    self._take(item, sampled[item.sequence_id])
+                else:
+                    self.scheduler.advance(item, NO_TOKENS, 0)
+        # First the next batch: the stages compute it while the news are delivered.
+        self._pump()
+        self._deliver_soon()
+
+    # -- batches -----------------------------------------------------------------------------
+
+    def _pump_soon(self) -> None:
+        if not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pumping = False
+        scheduler = self.scheduler
+        while self._ready:
+            plan = scheduler.plan(in_flight=len(self._flights), decoding=self._decoding)
+            if plan is None:
+                return
+            batch, input_ids = load(next(self._batch_ids), plan, scheduler.block_tokens)
+            batch.released, scheduler.released = scheduler.released, []
+            self._flights[batch.batch_id] = plan
+            self._decoding += plan.decodes
+            batch.in_flight = len(self._flights)
+            before = self._last_sent
+            self._last_sent = sent = asyncio.get_running_loop().create_future()
+            task = asyncio.create_task(self._run(batch, input_ids, before, sent))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _run(
+        self,
+        batch: Batch,
+        input_ids: TokenIds,
+        before: asyncio.Future[None] | None,
+        sent: asyncio.Future[None],
+    ) -> None:
+        try:
+            # A batch set out alone leaves other cores idle; what joins it meanwhile counts.
+            batch.in_flight = max(batch.in_flight, len(self._flights))
+            try:
+                await self._compute(batch, input_ids)
+            except Exception:
+                # Its requests would wait for ever otherwise.
+                log.exception("stage 0 could not compute batch %d", batch.batch_id)
+                batch.fail(DropCode.INTERNAL, "stage 0 failed to compute; see its log")
+            if before is not None:
+                await before
+            if batch.batch_id not in self._flights:
+                return  # the pipeline broke meanwhile
+            if self._send is None or not batch.sequences:
+                if batch.dropped:
+                    # No stage has heard of these.
+                    self.scheduler.released.extend(batch.released)
+                self.complete(batch)
+                return
+            try:
+                await self._send(batch)
+            except ConnectionError as error:
+                if batch.batch_id in self._flights:
+                    self.pipeline_down(str(error))
+            except Exception:
+                log.exception("stage 0 could not send batch %d", batch.batch_id)
+                batch.fail(DropCode.INTERNAL, "stage 0 failed to send a batch; see its log")
+                self.complete(batch)
+        finally:
+            if not sent.done():
+                sent.set_result(None)
+
+    # -- results -----------------------------------------------------------------------------
+
+    def _take(self, item: Slice, sampled: SampledTokens) -> None:
+        text = item.text
+        work = _request(text)
+        accepted = len(sampled.token_ids) - 1
+        tokens, reason = ending(text, sampled)
+        self.scheduler.advance(item, tokens, accepted)
+        work.usage.drafted_tokens += len(item.draft)
+        work.usage.accepted_tokens += accepted
+        work.usage.completion_tokens += len(tokens)
+        work.note(text, sampled, tokens, reason)
+        self._news[work] = None
+        if reason is not None:
+            self._finish(work, text)
+
+    def _failed(self, live: list[Slice], problem: str) -> None:
+        """A batch was not computed: its requests fail, and what else runs starts again."""
+        for item in live:
+            self._fail(_request(item.text), ComputeError(problem))
+        if live:
+            # What the KV cache holds is in doubt now.
+            replay = self.scheduler.reset()
+            log.warning("%d texts will be computed again: %s", len(replay), problem)
+
+    def _refit(self) -> None:
+        """Bounds all texts by the KV cache's size, and ends what no longer fits."""
+        context, capacity = self.settings.context, self.scheduler.capacity
+        for work in list(self._requests.values()):
+            try:
+                check_fits(len(work.request.prompt), context=context, capacity=capacity)
+            except InvalidRequestError as error:
+                self._fail(work, error)
+                continue
+            work.bound(context, capacity)
+            for text in work.texts:
+                if text.state is not State.DONE and text.length >= text.limit:
+                    nothing = SampledTokens(0, NO_TOKENS)
+                    work.note(text, nothing, NO_TOKENS, FinishReason.LENGTH)
+                    self._finish(work, text)
+
+    def _finish(self, work: OpenRequest, text: Text) -> None:
+        self.scheduler.release(text)
+        work.left -= 1
+        self._news[work] = None
+        if not work.left:
+            self._close(work)
+
+    def _fail(self, work: OpenRequest, error: Exception) -> None:
+        """Ends a request with an error."""
+        if work.key in self._requests:
+            work.error = error
+            self._news[work] = None
+            self._close(work)
+
+    def _fail_all(self) -> None:
+        self._give_up = None
+        for work in list(self._requests.values()):
+            self._fail(work, PipelineUnavailableError(self._reason))
+
+    def _close(self, work: OpenRequest) -> None:
+        """Frees what a request holds. There may still be news to deliver."""
+        del self._requests[work.key]
+        if work.timer is not None:
+            work.timer.cancel()
+        for text in work.texts:
+            self.scheduler.release(text)
+        self._pump_soon()
+        self._deliver_soon()
+
+    # -- news --------------------------------------------------------------------------------
+
+    def _deliver_soon(self) -> None:
+        if not self._delivering:
+            self._delivering = True
+            asyncio.get_running_loop().call_soon(self._deliver)
+
+    def _deliver(self) -> None:
+        self._delivering = False
+        while self._news:
+            work = next(iter(self._news))
+            del self._news[work]
+            work.deliver()
+        if not self._requests:
+            self._idle.set()
+
+
+def _request(text: Text) -> OpenRequest:
+    assert isinstance(text.work, OpenRequest)
+    return text.work
