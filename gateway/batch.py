@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
 
 from opentelemetry import trace
 
 from gateway.errors import GatewayError
-from gateway.pipeline import Pipeline
 from gateway.schema import QaRequest, QaResponse
 
 log = logging.getLogger(__name__)
 _tracer = trace.get_tracer("miaotui.gateway")
 
 Outcome: TypeAlias = QaResponse | GatewayError
+Answer: TypeAlias = Callable[[QaRequest, str, float | None], Awaitable[QaResponse]]
+"""Answers a request of this id within so many seconds; None: within the default."""
 
 
 async def run_batch(
-    pipeline: Pipeline,
+    answer: Answer,
     items: Sequence[Any],
     parse: Callable[[int, Any], QaRequest],
     request_id: str,
-    timeout: float,
+    timeout: float | None,
     concurrency: int,
 ) -> AsyncGenerator[tuple[int, Outcome]]:
     """Yields (index, outcome) as each item is done, in any order.
 
     `parse` turns an item into a request or raises `GatewayError`; `timeout` is for each
-    item, in seconds. Closing the generator cancels what is still being worked on.
+    item, in seconds; None: the default. Closing the generator cancels what is still worked on.
     """
 
     async def one(index: int) -> Outcome:
@@ -39,7 +40,7 @@ async def run_batch(
             with _tracer.start_as_current_span(
                 "batch item", attributes={"miaotui.batch.index": index}
             ):
-                return await pipeline.answer(request, f"{request_id}.{index}", timeout)
+                return await answer(request, f"{request_id}.{index}", timeout)
         except GatewayError as error:
             return error
         except Exception as error:  # noqa: BLE001 - one item must not end the others

@@ -56,6 +56,14 @@ _ALL = (
         "Correct the places that `errors` points to.",
     ),
     Kind(
+        *("context-too-long", "The prompt is too long", 422, _C.INVALID_ARGUMENT),
+        "Shorten the prompt, or ask for fewer tokens.",
+    ),
+    Kind(
+        *("model-not-found", "There is no such model", 404, _C.NOT_FOUND),
+        "See /v1/models for what is served.",
+    ),
+    Kind(
         *("client-closed", "The caller went away", 499, _C.CANCELLED),
         "Nobody reads this: the caller had closed the connection.",
     ),

@@ -15,13 +15,16 @@ from gateway.cache.backend import CacheBackend, EmbeddedBackend
 from gateway.cache.codec import Sealer
 from gateway.cache.redis import RedisBackend
 from gateway.cache.stores import AnswerCache, PromptCache, SealedStore
+from gateway.desk import Desk
+from gateway.generation.generator import Generator
+from gateway.generation.memory import TextCache
 from gateway.http.app import build_app
 from gateway.metrics import GatewayMetrics
+from gateway.models import Models
 from gateway.pipeline import Pipeline
 from gateway.reading import read_spans
 from gateway.rpc import SERVICE, GatewayServicer
 from gateway.settings import GatewaySettings, split_listen
-from gateway.upstream import Upstream
 from miaotui.telemetry import setup_logging, setup_telemetry
 from services.rpc.server import AddressInUseError, RpcServer, run, stop_event
 from services.rpc.tls import CERTIFICATE, KEY
@@ -49,6 +52,34 @@ def open_backends(
         metrics.cache_failure,
     )
     return redis, redis
+
+
+def open_desk(
+    settings: GatewaySettings,
+    models: Models,
+    backends: tuple[CacheBackend, CacheBackend],
+    metrics: GatewayMetrics,
+) -> Desk:
+    """Where questions arrive, with a worker for each model; `backends`: answers and prompts."""
+    sealer = Sealer(settings.cache_secret.get_secret_value())
+
+    def store(name: str, backend: CacheBackend) -> SealedStore:
+        return SealedStore(name, backend, sealer, metrics, settings.cache_value_bytes)
+
+    pipeline = generator = None
+    if models.extractive is not None:
+        pipeline = Pipeline(
+            settings,
+            models.extractive,
+            AnswerCache(store("answer", backends[0])),
+            PromptCache(store("prompt", backends[1])),
+            read_spans,
+            metrics,
+        )
+    if models.generative is not None:
+        texts = TextCache(store("text", backends[0]))
+        generator = Generator(settings, models.generative, texts, metrics)
+    return Desk(settings, pipeline, generator)
 
 
 def _bind(listen: str) -> socket.socket:
@@ -96,29 +127,17 @@ async def serve_gateway(settings: GatewaySettings) -> None:
     """
     metrics = GatewayMetrics()
     backends = open_backends(settings, metrics)
-    upstream = Upstream(settings)
-    stores = [
-        SealedStore(
-            name,
-            backend,
-            Sealer(settings.cache_secret.get_secret_value()),
-            metrics,
-            settings.cache_value_bytes,
-        )
-        for name, backend in zip(("answer", "prompt"), backends, strict=True)
-    ]
-    pipeline = Pipeline(
-        settings, upstream, AnswerCache(stores[0]), PromptCache(stores[1]), read_spans, metrics
-    )
+    models = Models(settings)
+    desk = open_desk(settings, models, backends, metrics)
     rpc = RpcServer(SERVICE)
-    servicer = GatewayServicer(settings, upstream, pipeline)
+    servicer = GatewayServicer(settings, models, desk)
     servicer.add_to(rpc.aio)
-    http = _http_server(build_app(settings, upstream, pipeline, metrics), settings)
+    http = _http_server(build_app(settings, models, desk, metrics), settings)
     stopping = stop_event()
     try:
         listener = _bind(settings.http_listen)
         await rpc.start(settings.grpc_listen)
-        upstream.start()
+        models.start()
         await rpc.set_serving(True)
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         host, port = listener.getsockname()[:2]
@@ -129,8 +148,8 @@ async def serve_gateway(settings: GatewaySettings) -> None:
         http.should_exit = True
         await asyncio.gather(serving, rpc.stop(settings.drain_seconds))
     finally:
-        await pipeline.close()
-        await upstream.close()
+        await desk.close()
+        await models.close()
         for backend in {id(backend): backend for backend in backends}.values():
             await backend.close()
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from opentelemetry import metrics
 
+from gateway.generation.request import Usage
 from gateway.schema import Hop
 
 
@@ -35,6 +36,44 @@ class GatewayMetrics:
         self._failures = meter.create_counter(
             "miaotui.gateway.cache.failures", description="Cache operations that failed, by reason"
         )
+
+        self._generations = meter.create_counter(
+            "miaotui.gateway.generations", description="Generated texts by outcome, cache status"
+        )
+        self._generating = meter.create_up_down_counter(
+            "miaotui.gateway.generations_in_flight", description="Generations worked on now"
+        )
+        self._first_text = meter.create_histogram(
+            "miaotui.gateway.generation.first_text",
+            unit="s",
+            description="From the call at the shards to the first text",
+        )
+        self._generated_tokens = meter.create_counter(
+            "miaotui.gateway.generation.tokens",
+            description="Tokens of finished texts by kind: prompt, cached, written, accepted",
+        )
+
+    def generated(self, outcome: str, cache: str) -> None:
+        """Counts a generation; `outcome`: "ok" or a problem's slug."""
+        self._generations.add(1, {"outcome": outcome, "cache": str(cache)})
+
+    def generating(self, change: int) -> None:
+        """Counts generations worked on."""
+        self._generating.add(change)
+
+    def first_text(self, seconds: float) -> None:
+        """Records how long the first text took."""
+        self._first_text.record(seconds)
+
+    def tokens(self, usage: Usage) -> None:
+        """Counts the tokens of a generation that has ended."""
+        for kind, count in (
+            ("prompt", usage.prompt_tokens),
+            ("cached", usage.cached_tokens),
+            ("written", usage.completion_tokens),
+            ("accepted", usage.accepted_tokens),
+        ):
+            self._generated_tokens.add(count, {"kind": kind})
 
     def answered(self, outcome: str, cache: str) -> None:
         """Counts a question; `outcome`: "ok" or a problem's slug."""

@@ -21,10 +21,11 @@ from gateway.cache.singleflight import SingleFlight
 from gateway.cache.stores import AnswerCache, PromptCache, StoredAnswer
 from gateway.errors import GatewayError, from_rpc
 from gateway.metrics import GatewayMetrics
+from gateway.models import ExtractivePair
 from gateway.reading import SpanReader
 from gateway.schema import CacheStatus, Candidate, Hop, QaRequest, QaResponse
 from gateway.settings import GatewaySettings
-from gateway.upstream import Served, Upstream
+from gateway.upstream import Served
 from miaotui.telemetry import current_trace_id, trace_content
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
@@ -100,7 +101,7 @@ class Pipeline:
     def __init__(
         self,
         settings: GatewaySettings,
-        upstream: Upstream,
+        upstream: ExtractivePair,
         answers: AnswerCache,
         prompts: PromptCache,
         reader: SpanReader,

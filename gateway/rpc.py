@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any, NoReturn
 
 import grpc
@@ -10,12 +11,12 @@ from google.protobuf.message import DecodeError, Message
 from grpc import aio
 
 from gateway.batch import run_batch
+from gateway.desk import Desk
 from gateway.errors import FieldError, GatewayError
 from gateway.http.middleware import new_request_id
 from gateway.http.views import models_of
-from gateway.pipeline import Pipeline
+from gateway.models import Models
 from gateway.schema import (
-    DEFAULT_ANSWER_LENGTH,
     DEFAULT_TOP_K,
     CacheStatus,
     QaRequest,
@@ -24,9 +25,10 @@ from gateway.schema import (
     parse_request,
 )
 from gateway.settings import GatewaySettings
-from gateway.upstream import Upstream
+from gateway.writing_rpc import WritingRpc, Written
 from miaotui.v1 import gateway_pb2 as pb
 from miaotui.v1 import gateway_pb2_grpc
+from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 
 SERVICE = "miaotui.v1.GatewayService"
@@ -37,6 +39,10 @@ _CACHE = {
     CacheStatus.HIT: pb.CACHE_STATUS_HIT,
     CacheStatus.SHARED: pb.CACHE_STATUS_SHARED,
     CacheStatus.BYPASS: pb.CACHE_STATUS_BYPASS,
+}
+_KIND = {
+    "extractive": shard_pb.MODEL_KIND_EXTRACTIVE,
+    "generative": shard_pb.MODEL_KIND_GENERATIVE,
 }
 _NORMALIZATION = {
     tokenizer_pb.NORMALIZATION_UNSPECIFIED: "nfc",
@@ -49,7 +55,14 @@ _NORMALIZATION = {
 # What bytes that are no message are read as, told apart by identity. gRPC itself would
 # answer INTERNAL and log a traceback for each.
 _UNREADABLE: dict[type[Message], Message] = {
-    kind: kind() for kind in (pb.AnswerRequest, pb.AnswerBatchRequest, pb.ListModelsRequest)
+    kind: kind()
+    for kind in (
+        pb.AnswerRequest,
+        pb.AnswerBatchRequest,
+        pb.ListModelsRequest,
+        pb.WriteRequest,
+        pb.ChatRequest,
+    )
 }
 
 
@@ -72,10 +85,11 @@ def _check_readable(request: Message) -> None:
 class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     """GatewayService over the pipeline that HTTP uses too."""
 
-    def __init__(self, settings: GatewaySettings, upstream: Upstream, pipeline: Pipeline) -> None:
+    def __init__(self, settings: GatewaySettings, models: Models, desk: Desk) -> None:
         self._settings = settings
-        self._upstream = upstream
-        self._pipeline = pipeline
+        self._models = models
+        self._desk = desk
+        self._writing = WritingRpc(settings, desk.generator)
 
     def add_to(self, server: aio.Server) -> None:
         """Registers the service's methods."""
@@ -91,6 +105,16 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                 request_deserializer=_reader(pb.AnswerBatchRequest),
                 response_serializer=pb.AnswerBatchResponse.SerializeToString,
             ),
+            "Write": stream(
+                self.Write,
+                request_deserializer=_reader(pb.WriteRequest),
+                response_serializer=pb.WriteResponse.SerializeToString,
+            ),
+            "Chat": stream(
+                self.Chat,
+                request_deserializer=_reader(pb.ChatRequest),
+                response_serializer=pb.ChatResponse.SerializeToString,
+            ),
             "ListModels": unary(
                 self.ListModels,
                 request_deserializer=_reader(pb.ListModelsRequest),
@@ -104,9 +128,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         try:
             _check_readable(request)
             question = self._parse(request, "")
-            answer = await self._pipeline.answer(
-                question, _request_id(context), self._timeout(context)
-            )
+            answer = await self._desk.answer(question, _request_id(context), self._timeout(context))
         except GatewayError as error:
             await _abort(context, error)
         return _response(answer)
@@ -124,7 +146,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             fault = FieldError("/requests", f"must hold 1 to {limit} questions")
             await _abort(context, invalid([fault]))
         results = run_batch(
-            self._pipeline,
+            self._desk.answer,
             request.requests,
             lambda index, item: self._parse(item, f"/requests/{index}"),
             _request_id(context),
@@ -142,6 +164,35 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         finally:
             await results.aclose()
 
+    async def Write(
+        self, request: pb.WriteRequest, context: Context
+    ) -> AsyncIterator[pb.WriteResponse]:
+        """Continues a prompt."""
+        try:
+            _check_readable(request)
+            async with aclosing(self._written(request, context)) as written:
+                async for texts, usage in written:
+                    yield pb.WriteResponse(texts=texts, usage=usage)
+        except GatewayError as error:
+            await _abort(context, error)
+
+    async def Chat(
+        self, request: pb.ChatRequest, context: Context
+    ) -> AsyncIterator[pb.ChatResponse]:
+        """Writes a chat's next message."""
+        try:
+            _check_readable(request)
+            async with aclosing(self._written(request, context)) as written:
+                async for texts, usage in written:
+                    yield pb.ChatResponse(texts=texts, usage=usage)
+        except GatewayError as error:
+            await _abort(context, error)
+
+    def _written(
+        self, request: pb.WriteRequest | pb.ChatRequest, context: Context
+    ) -> AsyncGenerator[Written]:
+        return self._writing.written(request, _request_id(context), context.time_remaining())
+
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
@@ -155,8 +206,9 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                 layers=model.layers,
                 max_length=model.max_length,
                 ready=model.ready,
+                kind=_KIND[model.kind],
             )
-            for model in models_of(self._upstream).models
+            for model in models_of(self._models).models
         ]
         return pb.ListModelsResponse(models=models)
 
@@ -165,25 +217,27 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         if options.normalization not in _NORMALIZATION:
             place = f"{pointer}/text_options/normalization"
             raise invalid([FieldError(place, "is none of the known values")])
-        data = {
+        data: dict[str, Any] = {
             "question": request.question,
             "context": request.context,
             "top_k": request.top_k or DEFAULT_TOP_K,
-            "max_answer_length": request.max_answer_length or DEFAULT_ANSWER_LENGTH,
             "no_answer_threshold": (
                 request.no_answer_threshold if request.HasField("no_answer_threshold") else None
             ),
             "normalization": _NORMALIZATION[options.normalization],
             "strip_markup": options.strip_markup,
             "no_cache": request.no_cache,
+            "mode": "generative" if request.generative else "extractive",
         }
+        if request.max_answer_length:
+            data["max_answer_length"] = request.max_answer_length
         return parse_request(data, self._settings, pointer)
 
-    def _timeout(self, context: Context) -> float:
+    def _timeout(self, context: Context) -> float | None:
         left = context.time_remaining()
         if left is None:
-            return self._settings.request_timeout
-        return min(max(left, 0.001), self._settings.max_request_timeout)
+            return None
+        return min(max(left, 0.001), self._settings.longest_timeout)
 
 
 def _request_id(context: Context) -> str:
@@ -214,4 +268,6 @@ def _response(answer: QaResponse) -> pb.AnswerResponse:
         timings=[pb.HopTiming(hop=h.hop, milliseconds=h.milliseconds) for h in answer.timings],
         trace_id=answer.trace_id,
         request_id=answer.request_id,
+        answer=answer.answer or "",
+        citations=[pb.Citation(start=c.start, end=c.end, text=c.text) for c in answer.citations],
     )

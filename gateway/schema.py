@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -65,6 +65,12 @@ class QaRequest(BaseModel):
     )
     strip_markup: bool = Field(False, description="Whether HTML/XML markup is ignored.")
     no_cache: bool = Field(False, description="Neither read nor write the answer cache.")
+    mode: Literal["extractive", "generative"] = Field(
+        "extractive",
+        description="extractive: the passage's own words; generative: a full sentence with "
+        "citations, which needs a model that writes. Then top_k, no_answer_threshold, "
+        "normalization and strip_markup have no meaning, and max_answer_length is 256 unless set.",
+    )
 
 
 class CacheStatus(StrEnum):
@@ -85,6 +91,15 @@ class Candidate:
     end: Annotated[int, Field(ge=0, description="One past the last character.")]
     score: Annotated[float, Field(description='Probability among all spans and "no answer".')]
     logit: Annotated[float, Field(description="Start logit plus end logit.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """A part of the passage that a generated answer rests on."""
+
+    start: Annotated[int, Field(ge=0, description="First character, in Unicode code points.")]
+    end: Annotated[int, Field(ge=0, description="One past the last character.")]
+    text: Annotated[str, Field(description="The characters, as they stand in the passage.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +136,13 @@ class QaResponse:
     timings: Annotated[list[Hop], Field(description="Where the time went.")]
     trace_id: Annotated[str, Field(description="The trace's id, 32 hex digits.")]
     request_id: Annotated[str, Field(description="The request's id.")]
+    answer: Annotated[
+        str | None, Field(description="generative: the answer in a sentence; else null.")
+    ] = None
+    citations: Annotated[
+        list[Citation],
+        Field(description="generative: what the answer rests on, in the passage's order."),
+    ] = field(default_factory=list)
 
 
 QA_RESPONSE: TypeAdapter[QaResponse] = TypeAdapter(QaResponse)
@@ -154,16 +176,16 @@ def invalid(faults: list[FieldError]) -> GatewayError:
     return GatewayError("invalid-request", f"The request is not valid in {count}.", faults)
 
 
-_ALLOWED = ", ".join(QaRequest.model_fields)
-
-
-def field_errors(error: ValidationError, pointer: str = "") -> list[FieldError]:
+def field_errors(
+    error: ValidationError, pointer: str = "", model: type[BaseModel] = QaRequest
+) -> list[FieldError]:
     """pydantic's findings without the values, and without names that the caller chose."""
+    allowed = ", ".join(model.model_fields)
     faults: dict[FieldError, None] = {}
     for found in error.errors(include_url=False, include_context=False, include_input=False):
         kind, message, place = found["type"], found["msg"], found["loc"]
         if kind == "extra_forbidden":
-            place, message = place[:-1], f"unknown field; allowed are: {_ALLOWED}"
+            place, message = place[:-1], f"unknown field; allowed are: {allowed}"
         elif kind == "missing":
             message = "this field is required"
         elif kind == "model_type":

@@ -24,9 +24,19 @@ class GatewaySettings(TlsSettings):
     http_listen: str = Field(default="127.0.0.1:8080", description="host:port of the HTTP API")
     grpc_listen: str = Field(default="127.0.0.1:50050", description="host:port of the gRPC API")
     tokenizer: str = Field(
-        default="127.0.0.1:50051", description="host:port of the tokenizer service"
+        default="127.0.0.1:50051",
+        description="host:port of the tokenizer service of the model that finds spans; empty: none",
     )
-    shard: str = Field(default="127.0.0.1:50060", description="host:port of stage 0")
+    shard: str = Field(
+        default="127.0.0.1:50060", description="host:port of that model's stage 0; empty: none"
+    )
+    generator_tokenizer: str = Field(
+        default="",
+        description="host:port of the tokenizer service of the model that writes; empty: none",
+    )
+    generator_shard: str = Field(
+        default="", description="host:port of that model's stage 0; empty: none"
+    )
 
     max_body_bytes: Positive = Field(default=1024 * 1024, description="larger bodies get 413")
     max_question_characters: Positive = Field(default=4_000, description="longest question")
@@ -43,6 +53,15 @@ class GatewaySettings(TlsSettings):
     )
     max_request_timeout: Seconds = Field(
         default=60.0, description="seconds, most that a caller may set"
+    )
+    generation_timeout: Seconds = Field(
+        default=120.0, description="seconds for a generated text, where the caller sets none"
+    )
+    max_generation_timeout: Seconds = Field(
+        default=600.0, description="seconds, most that a caller may set for a generated text"
+    )
+    max_texts: Positive = Field(
+        default=64, description="most texts that one request may ask for (n, times its prompts)"
     )
     body_timeout: Seconds = Field(
         default=10.0, description="seconds within which a body must arrive"
@@ -88,6 +107,13 @@ class GatewaySettings(TlsSettings):
         return listen
 
     @property
+    def longest_timeout(self) -> float:
+        """Most seconds that a caller may set for a question, of whatever mode."""
+        if self.generator_shard:
+            return max(self.max_request_timeout, self.max_generation_timeout)
+        return self.max_request_timeout
+
+    @property
     def shares_cache(self) -> bool:
         """Whether other gateways may use the same cache: a random secret is nobody else's."""
         return self.redis_url is not None and "cache_secret" in self.model_fields_set
@@ -101,6 +127,13 @@ class GatewaySettings(TlsSettings):
     def _check(self) -> GatewaySettings:
         if self.request_timeout > self.max_request_timeout:
             raise ValueError("request_timeout must not exceed max_request_timeout")
+        if self.generation_timeout > self.max_generation_timeout:
+            raise ValueError("generation_timeout must not exceed max_generation_timeout")
+        for names in (("tokenizer", "shard"), ("generator_tokenizer", "generator_shard")):
+            if bool(getattr(self, names[0])) != bool(getattr(self, names[1])):
+                raise ValueError(f"{names[0]} and {names[1]} must both be set, or both be empty")
+        if not self.shard and not self.generator_shard:
+            raise ValueError("shard and generator_shard are both empty: there is no model to serve")
         if not self.cache_secret.get_secret_value():
             raise ValueError("cache_secret must not be empty; leave it unset for a random one")
         if self.https and self.tls_dir is None:

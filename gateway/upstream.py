@@ -1,28 +1,32 @@
-"""The services behind the gateway: links to them, who they are, and whether they serve."""
+"""The services behind a model: links to them, who they are, and whether they serve.
+
+A model is served by a pair of addresses: its tokenizer's and its stage 0's. Each pair is
+watched by itself.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway.errors import GatewayError
-from gateway.settings import GatewaySettings
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import shard_pb2_grpc, tokenizer_pb2_grpc
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
-from services.rpc.calls import CallStream
 from services.rpc.channel import open_channel
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Role: TypeAlias = Literal["extractive", "generative"]
 
 LOOK_SECONDS = 1.5
 # A busy machine answers late, and that alone is no reason to send requests away.
@@ -33,8 +37,22 @@ _UNSAMPLED = (("traceparent", f"00-{1:032x}-{1:016x}-00"),)
 
 
 @dataclass(frozen=True, slots=True)
+class Writing:
+    """What is to be known of a decoder beside what is known of every model."""
+
+    vocab_size: int
+    has_chat_template: bool
+    stop_token_ids: tuple[int, ...]
+    defaults: tuple[tuple[str, float], ...]
+    """Sampling parameters that the model's makers advise, by name."""
+
+
+@dataclass(frozen=True, slots=True)
 class Served:
-    """The model that tokenizer and shards agree on."""
+    """The model that tokenizer and shards agree on.
+
+    `max_length` in tokens: the longest window; a decoder's prompt and text together.
+    """
 
     name: str
     fingerprint: str
@@ -43,35 +61,28 @@ class Served:
     stages: int
     layers: int
     max_length: int
+    writing: Writing | None = None
 
 
-class Upstream:
-    """Watches tokenizer and stage 0 and says which model they serve together.
+class Pair:
+    """Watches a tokenizer and a stage 0 and says which model they serve together.
 
     What was verified holds until a connection breaks: only then can another process,
     perhaps with another model, stand behind an address.
     """
 
-    def __init__(self, settings: GatewaySettings) -> None:
-        self._poll_seconds = settings.poll_seconds
-        self._channels = {
-            "tokenizer": open_channel(settings.tokenizer),
-            "stage 0": open_channel(settings.shard),
-        }
-        tokenizer, shard = self._channels.values()
-        self.tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(tokenizer)
-        self.shard = shard_pb2_grpc.ShardServiceStub(shard)
-        # Every request passes these two; a stream halves a call's latency.
-        self.encode: CallStream[tokenizer_pb.EncodeRequest, tokenizer_pb.EncodeResponse]
-        self.encode = CallStream(
-            self.tokenizer.EncodeStream,
-            lambda call, request: tokenizer_pb.EncodeStreamRequest(call=call, request=request),
-        )
-        self.infer: CallStream[shard_pb.InferRequest, shard_pb.InferResponse]
-        self.infer = CallStream(
-            self.shard.InferStream,
-            lambda call, request: shard_pb.InferStreamRequest(call=call, request=request),
-        )
+    def __init__(
+        self, kind: shard_pb.ModelKind.ValueType, tokenizer: str, shard: str, poll_seconds: float
+    ) -> None:
+        """`kind`: what the model must do; `tokenizer`, `shard`: host:port."""
+        self._kind = kind
+        self.role: Role = "extractive" if kind == shard_pb.MODEL_KIND_EXTRACTIVE else "generative"
+        self.since = int(time.time())
+        """When this began, in Unix time."""
+        self._poll_seconds = poll_seconds
+        self._channels = {"tokenizer": open_channel(tokenizer), "stage 0": open_channel(shard)}
+        self.tokenizer = tokenizer_pb2_grpc.TokenizerServiceStub(self._channels["tokenizer"])
+        self.shard = shard_pb2_grpc.ShardServiceStub(self._channels["stage 0"])
         self._health = {
             name: health_pb2_grpc.HealthStub(channel) for name, channel in self._channels.items()
         }
@@ -130,7 +141,8 @@ class Upstream:
             if self._stale.is_set():
                 served, reason = None, "A service behind the gateway has just restarted."
             if (served, reason) != (self._served, self._reason):
-                log.info("%s", f"serving {served.name}" if served else f"not ready: {reason}")
+                news = f"serving {served.name}" if served else f"not ready: {reason}"
+                log.info("%s model: %s", self.role, news)
             self._served, self._reason = served, reason
             self.last = served or self.last
 
@@ -159,7 +171,7 @@ class Upstream:
         except _NotReadyError as error:
             return None, str(error)
         self.pipeline = shard
-        return _agreed(tokenizer, shard)
+        return _agreed(self._kind, tokenizer, shard)
 
     async def _asked(self, name: str, call: Awaitable[T]) -> T:
         try:
@@ -200,8 +212,6 @@ class Upstream:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.encode.close()
-        self.infer.close()
         for channel in self._channels.values():
             await channel.close()
 
@@ -214,7 +224,14 @@ class _LateError(Exception):
     pass
 
 
+_DOES = {
+    shard_pb.MODEL_KIND_EXTRACTIVE: "finds spans",
+    shard_pb.MODEL_KIND_GENERATIVE: "writes text",
+}
+
+
 def _agreed(
+    kind: shard_pb.ModelKind.ValueType,
     tokenizer: tokenizer_pb.TokenizerServiceDescribeResponse,
     shard: shard_pb.ShardServiceDescribeResponse,
 ) -> tuple[Served | None, str]:
@@ -228,7 +245,15 @@ def _agreed(
             "The tokenizer serves another model than the shards (their fingerprints differ); "
             "start both with the same model directory."
         )
-    lengths = [length for length in (tokenizer.max_length, stage.max_sequence_length) if length]
+    for name, told in (("tokenizer", tokenizer.kind), ("stage 0", stage.kind)):
+        if told not in (kind, shard_pb.MODEL_KIND_UNSPECIFIED):
+            return None, (
+                f"{name} serves a model that {_DOES.get(told, 'does something unknown')}, and one "
+                f"that {_DOES[kind]} is called for; check which addresses are set for which model."
+            )
+    decoder = kind == shard_pb.MODEL_KIND_GENERATIVE
+    longest = tokenizer.context_length if decoder else tokenizer.max_length
+    lengths = [length for length in (longest, stage.max_sequence_length) if length]
     return Served(
         name=stage.model_name,
         fingerprint=stage.model_fingerprint,
@@ -237,4 +262,16 @@ def _agreed(
         stages=stage.stages,
         layers=stage.model_layers,
         max_length=min(lengths, default=0),
+        writing=_writing(tokenizer, stage) if decoder else None,
     ), ""
+
+
+def _writing(
+    tokenizer: tokenizer_pb.TokenizerServiceDescribeResponse, stage: shard_pb.StageInfo
+) -> Writing:
+    return Writing(
+        vocab_size=stage.vocab_size or tokenizer.vocab_size,
+        has_chat_template=tokenizer.has_chat_template,
+        stop_token_ids=tuple(tokenizer.stop_token_ids),
+        defaults=tuple((field.name, value) for field, value in tokenizer.sampling.ListFields()),
+    )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic_core import to_json
@@ -19,12 +17,16 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.batch import Outcome, run_batch
+from gateway.desk import Desk
 from gateway.errors import FieldError, GatewayError
 from gateway.http.body import read_json
+from gateway.http.exchange import SSE, json_response, request_id, timeout_given, unless_gone
+from gateway.http.failures import failure_response
 from gateway.http.middleware import RequestScope
+from gateway.http.openai.api import OpenAiApi
 from gateway.http.openapi import openapi_document
 from gateway.http.page import Page
-from gateway.http.problems import catalogue, problem_of, problem_response
+from gateway.http.problems import catalogue, problem_of
 from gateway.http.views import (
     ALIVE,
     BATCH_LINE,
@@ -36,88 +38,85 @@ from gateway.http.views import (
     pipeline_of,
 )
 from gateway.metrics import GatewayMetrics
-from gateway.pipeline import Pipeline
+from gateway.models import Models
 from gateway.schema import QA_RESPONSE, QaRequest, QaResponse, invalid, parse_request
 from gateway.settings import GatewaySettings
-from gateway.upstream import Upstream
 
-T = TypeVar("T")
-JSON = "application/json"
 NDJSON = "application/x-ndjson"
-SSE = "text/event-stream"
 WEB = Path(__file__).parent.parent / "web"
 
 
 class HttpApi:
     """The endpoints."""
 
-    def __init__(self, settings: GatewaySettings, upstream: Upstream, pipeline: Pipeline) -> None:
+    def __init__(self, settings: GatewaySettings, models: Models, desk: Desk) -> None:
         self._settings = settings
-        self._upstream = upstream
-        self._pipeline = pipeline
+        self._models = models
+        self._desk = desk
+        self._openai = OpenAiApi(settings, models, desk.generator)
         self._openapi = to_json(openapi_document(settings))
         self._pages = {name: Page(WEB / name) for name in ("index.html", "docs.html")}
         self._problems = {str(entry["type"]): entry for entry in catalogue()}
 
     async def ask(self, request: Request) -> Response:
         """POST /v1/qa"""
-        timeout = _timeout(request, self._settings)
+        timeout = timeout_given(request, self._settings.longest_timeout)
         question = parse_request(await read_json(request, self._settings), self._settings)
-        work = self._pipeline.answer(question, _request_id(request), timeout)
-        answer = await _unless_gone(request.receive, work)
-        return _json(QA_RESPONSE.dump_json(answer))
+        work = self._desk.answer(question, request_id(request), timeout)
+        answer = await unless_gone(request.receive, work)
+        return json_response(QA_RESPONSE.dump_json(answer))
 
     async def ask_batch(self, request: Request) -> Response:
         """POST /v1/qa/batch"""
-        timeout = _timeout(request, self._settings)
+        timeout = timeout_given(request, self._settings.longest_timeout)
         items = _items(await read_json(request, self._settings), self._settings)
 
         def parse(index: int, item: Any) -> QaRequest:
             return parse_request(item, self._settings, f"/requests/{index}")
 
         results = run_batch(
-            self._pipeline,
+            self._desk.answer,
             items,
             parse,
-            _request_id(request),
+            request_id(request),
             timeout,
             self._settings.batch_concurrency,
         )
         accepted = request.headers.get("accept", "")
-        return _ResultStream(results, _request_id(request), SSE if SSE in accepted else NDJSON)
+        return _ResultStream(results, request_id(request), SSE if SSE in accepted else NDJSON)
 
     async def healthz(self, _: Request) -> Response:
         """GET /healthz"""
-        return _json(ALIVE.dump_json(Alive("ok")))
+        return json_response(ALIVE.dump_json(Alive("ok")))
 
     async def readyz(self, request: Request) -> Response:
         """GET /readyz"""
-        if self._upstream.served is None:
-            raise GatewayError("unavailable", self._upstream.reason)
-        return _json(MODELS.dump_json(models_of(self._upstream)))
+        if not self._models.ready:
+            raise GatewayError("unavailable", self._models.reason)
+        return json_response(MODELS.dump_json(models_of(self._models)))
 
     async def metrics(self, _: Request) -> Response:
         """GET /metrics"""
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
-    async def models(self, _: Request) -> Response:
+    async def list_models(self, _: Request) -> Response:
         """GET /v1/models"""
-        return _json(MODELS.dump_json(models_of(self._upstream)))
+        return json_response(MODELS.dump_json(models_of(self._models)))
 
     async def pipeline(self, _: Request) -> Response:
         """GET /v1/pipeline"""
-        return _json(PIPELINE.dump_json(pipeline_of(self._upstream)))
+        return json_response(PIPELINE.dump_json(pipeline_of(self._models)))
 
     async def openapi(self, _: Request) -> Response:
         """GET /openapi.json"""
-        return _json(self._openapi)
+        return json_response(self._openapi)
 
     async def problem(self, request: Request) -> Response:
         """GET /problems/{slug}"""
         entry = self._problems.get(f"/problems/{request.path_params['slug']}")
         if entry is None:
             raise GatewayError("not-found", "There is no such kind of problem.")
-        return _json(to_json(entry))
+        return json_response(to_json(entry))
 
     async def page(self, _: Request) -> Response:
         """GET /"""
@@ -132,7 +131,10 @@ class HttpApi:
         return [
             Route("/v1/qa", self.ask, methods=["POST"]),
             Route("/v1/qa/batch", self.ask_batch, methods=["POST"]),
-            Route("/v1/models", self.models),
+            Route("/v1/models", self.list_models),
+            Route("/v1/models/{model}", self._openai.model),
+            Route("/v1/chat/completions", self._openai.chat, methods=["POST"]),
+            Route("/v1/completions", self._openai.completions, methods=["POST"]),
             Route("/v1/pipeline", self.pipeline),
             Route("/healthz", self.healthz),
             Route("/readyz", self.readyz),
@@ -145,10 +147,10 @@ class HttpApi:
 
 
 def build_app(
-    settings: GatewaySettings, upstream: Upstream, pipeline: Pipeline, metrics: GatewayMetrics
+    settings: GatewaySettings, models: Models, desk: Desk, metrics: GatewayMetrics
 ) -> ASGIApp:
     """The ASGI application."""
-    routes = HttpApi(settings, upstream, pipeline).routes()
+    routes = HttpApi(settings, models, desk).routes()
     handlers: Mapping[Any, Any] = {GatewayError: _on_error, HTTPException: _on_http_error}
     router = ExceptionMiddleware(Router(routes, redirect_slashes=False), handlers=handlers)
     paths = {route.endpoint: route.path for route in routes}
@@ -156,7 +158,7 @@ def build_app(
 
 
 def _on_error(request: Request, error: GatewayError) -> Response:
-    return problem_response(error, _request_id(request))
+    return failure_response(request.url.path, error, request_id(request))
 
 
 def _on_http_error(request: Request, error: HTTPException) -> Response:
@@ -166,31 +168,8 @@ def _on_http_error(request: Request, error: HTTPException) -> Response:
         failure = GatewayError("not-found", "Nothing is served under this path.")
     else:
         failure = GatewayError("internal", "Something went wrong that should not.")
-    return problem_response(failure, _request_id(request), dict(error.headers or {}))
-
-
-def _request_id(request: Request) -> str:
-    return str(request.scope["state"]["request_id"])
-
-
-def _json(body: bytes) -> Response:
-    return Response(body, headers={"Cache-Control": "no-store"}, media_type=JSON)
-
-
-def _timeout(request: Request, settings: GatewaySettings) -> float:
-    given = request.headers.get("x-request-timeout")
-    if given is None:
-        return settings.request_timeout
-    seconds = math.nan
-    with suppress(ValueError):
-        seconds = float(given)
-    if not 0 < seconds <= settings.max_request_timeout:
-        limit = f"{settings.max_request_timeout:g}"
-        raise GatewayError(
-            "invalid-header",
-            f"X-Request-Timeout must be a number of seconds above 0 and at most {limit}.",
-        )
-    return seconds
+    headers = dict(error.headers or {})
+    return failure_response(request.url.path, failure, request_id(request), headers)
 
 
 def _items(body: Any, settings: GatewaySettings) -> list[Any]:
@@ -202,27 +181,6 @@ def _items(body: Any, settings: GatewaySettings) -> list[Any]:
     if not isinstance(items, list) or not 1 <= len(items) <= limit:
         raise invalid([FieldError("/requests", f"must be a list of 1 to {limit} questions")])
     return items
-
-
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Awaits `work`, and cancels it when the caller closes the connection."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise GatewayError("client-closed", "The caller went away.")
-        return task.result()
-    finally:
-        gone.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait((task,))
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class _ResultStream(Response):
@@ -240,7 +198,7 @@ class _ResultStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(GatewayError):
-            await _unless_gone(receive, self._stream(send))
+            await unless_gone(receive, self._stream(send))
 
     async def _stream(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}

@@ -19,7 +19,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import GatewayError
-from gateway.http.problems import problem_response
+from gateway.http.failures import failure_response
 from gateway.metrics import GatewayMetrics
 from miaotui.telemetry import extract_context, inject_context
 
@@ -140,7 +140,7 @@ class RequestScope:
                 # Closes the connection: a cut-off response must not look like a whole one.
                 raise ConnectionAbortedError("the response had begun") from None
             failure = GatewayError("internal", "Something went wrong that should not.")
-            response = problem_response(failure, exchange.request_id)
+            response = failure_response(scope["path"], failure, exchange.request_id)
             await response(scope, receive, exchange.send)
 
     def _route(self, scope: Scope) -> str:

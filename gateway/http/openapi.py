@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from gateway.errors import KINDS
+from gateway.http.openai.document import openai_paths, openai_schemas
 from gateway.http.problems import MEDIA_TYPE, Problem
 from gateway.http.views import Alive, BatchLine, ModelList, PipelineView
 from gateway.schema import EXAMPLE_EN, EXAMPLE_ZH, QaRequest, QaResponse
@@ -88,7 +89,7 @@ def openapi_document(settings: GatewaySettings) -> Json:
             "schema": {
                 "type": "number",
                 "exclusiveMinimum": 0,
-                "maximum": settings.max_request_timeout,
+                "maximum": settings.longest_timeout,
                 "default": settings.request_timeout,
             },
         },
@@ -171,18 +172,20 @@ def openapi_document(settings: GatewaySettings) -> Json:
         "info": {
             "title": "Miaotui",
             "version": __version__,
-            "description": "Extractive question answering by a model split over several "
-            "machines. 秒推：把模型拆分到多台机器上的实时抽取式问答。",
+            "description": "Question answering and text generation by models split over several "
+            "machines. 秒推：把模型拆分到多台机器上的实时问答与文本生成。",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "/"}],
         "tags": [
             {"name": "questions", "description": "Questions and answers"},
+            {"name": "texts", "description": "Text generation, as OpenAI's API has it"},
             {"name": "service", "description": "What is served and how it is"},
         ],
         "paths": {
             "/v1/qa": {"post": ask},
             "/v1/qa/batch": {"post": batch},
+            **openai_paths(settings, request_headers),
             "/v1/models": _get(
                 *("listModels", "The models served", "service"),
                 _ok("The models.", _content("ModelList")),
@@ -213,7 +216,7 @@ def openapi_document(settings: GatewaySettings) -> Json:
                 *("openapi", "This document", "service"), _ok("The document.", anything)
             ),
         },
-        "components": {"schemas": _schemas(settings)},
+        "components": {"schemas": {**_schemas(settings), **openai_schemas()}},
     }
 
 

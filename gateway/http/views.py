@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
 from gateway.http.problems import Problem
+from gateway.models import Models
 from gateway.schema import QaResponse
-from gateway.upstream import Upstream
+from gateway.upstream import Pair, Served
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tensor_pb2 as tensor_pb
 
@@ -32,15 +33,34 @@ class ModelView:
     model_type: Annotated[str, Field(description='Transformers\' model_type, such as "bert".')]
     stages: Annotated[int, Field(description="Stages that it is split into.")]
     layers: int
-    max_length: Annotated[int, Field(description="Longest window in tokens.")]
+    max_length: Annotated[
+        int,
+        Field(description="Longest window in tokens; of a generative model, prompt and text."),
+    ]
     ready: Annotated[bool, Field(description="Whether it answers now.")]
+    kind: Annotated[
+        Literal["extractive", "generative"],
+        Field(description="extractive: finds spans; generative: writes text."),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAiModel:
+    """A model in OpenAI's shape."""
+
+    id: Annotated[str, Field(description="The name, for `model` of a request.")]
+    created: Annotated[int, Field(description="When the gateway began to serve, in Unix time.")]
+    object: Literal["model"] = "model"
+    owned_by: str = "miaotui"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelList:
-    """The models served."""
+    """The models served: as Miaotui tells of them, and in OpenAI's shape."""
 
     models: list[ModelView]
+    data: Annotated[list[OpenAiModel], Field(description="Those that are ready.")]
+    object: Literal["list"] = "list"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +78,9 @@ class StageView:
 
 @dataclass(frozen=True, slots=True)
 class PipelineView:
-    """The stages, as stage 0 told them at the gateway's last look."""
+    """The stages of a model, as stage 0 told them at the gateway's last look."""
 
+    kind: Literal["extractive", "generative"]
     ready: bool
     reason: Annotated[str, Field(description="Why it does not answer; empty when ready.")]
     stages: list[StageView]
@@ -68,6 +89,7 @@ class PipelineView:
     running_sequences: Annotated[int, Field(description="Windows in the pipeline.")]
     sequences_total: int
     tokens_total: int
+    others: Annotated[list[PipelineView], Field(description="Those of the other models.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +100,17 @@ class Alive:
 
 
 BATCH_LINE: TypeAdapter[BatchLine] = TypeAdapter(BatchLine)
+OPENAI_MODEL: TypeAdapter[OpenAiModel] = TypeAdapter(OpenAiModel)
 MODELS: TypeAdapter[ModelList] = TypeAdapter(ModelList)
 PIPELINE: TypeAdapter[PipelineView] = TypeAdapter(PipelineView)
 ALIVE: TypeAdapter[Alive] = TypeAdapter(Alive)
 
 
-def models_of(upstream: Upstream) -> ModelList:
-    """The model served now, or the last one seen, marked as not ready."""
-    served = upstream.served or upstream.last
-    if served is None:
-        return ModelList([])
+def models_of(models: Models) -> ModelList:
+    """The models served now, or the last ones seen, marked as not ready."""
+    known = [(pair, served) for pair in models.pairs if (served := pair.served or pair.last)]
     return ModelList(
-        [
+        models=[
             ModelView(
                 name=served.name,
                 fingerprint=served.fingerprint,
@@ -97,24 +118,39 @@ def models_of(upstream: Upstream) -> ModelList:
                 stages=served.stages,
                 layers=served.layers,
                 max_length=served.max_length,
-                ready=upstream.served is not None,
+                ready=pair.served is not None,
+                kind=pair.role,
             )
-        ]
+            for pair, served in known
+        ],
+        data=[openai_model(pair, served) for pair, served in known if pair.served is not None],
     )
 
 
-def pipeline_of(upstream: Upstream) -> PipelineView:
-    """The stages as last seen."""
-    told = upstream.pipeline or shard_pb.ShardServiceDescribeResponse()
+def openai_model(pair: Pair, served: Served) -> OpenAiModel:
+    """A model in OpenAI's shape."""
+    return OpenAiModel(id=served.name, created=pair.since)
+
+
+def pipeline_of(models: Models) -> PipelineView:
+    """The stages as last seen; the extractive model's first."""
+    first, *others = (_pipeline(pair) for pair in models.pairs)
+    return replace(first, others=others)
+
+
+def _pipeline(pair: Pair) -> PipelineView:
+    told = pair.pipeline or shard_pb.ShardServiceDescribeResponse()
     return PipelineView(
-        ready=upstream.served is not None,
-        reason=upstream.reason,
+        kind=pair.role,
+        ready=pair.served is not None,
+        reason=pair.reason,
         stages=[_stage(info) for info in told.pipeline],
         model_parameter_bytes=told.stage.model_parameter_bytes,
         queued_sequences=told.queued_sequences,
         running_sequences=told.running_sequences,
         sequences_total=told.sequences_total,
         tokens_total=told.tokens_total,
+        others=[],
     )
 
 

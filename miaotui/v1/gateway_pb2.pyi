@@ -218,7 +218,7 @@ class AnswerResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    WRITTEN_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
     CITATIONS_FIELD_NUMBER: _builtins.int
     answerable: _builtins.bool
     """Whether the passage holds an answer, by the threshold."""
@@ -234,7 +234,7 @@ class AnswerResponse(_message.Message):
     """The trace's id, 32 hex digits."""
     request_id: _builtins.str
     """The request's id."""
-    written: _builtins.str
+    answer: _builtins.str
     """Generative: the answer in a sentence."""
     @_builtins.property
     def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Answer]:
@@ -260,12 +260,12 @@ class AnswerResponse(_message.Message):
         timings: _abc.Iterable[Global___HopTiming] | None = ...,
         trace_id: _builtins.str = ...,
         request_id: _builtins.str = ...,
-        written: _builtins.str = ...,
+        answer: _builtins.str = ...,
         citations: _abc.Iterable[Global___Citation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answerable", b"answerable", "answers", b"answers", "cache", b"cache", "citations", b"citations", "model", b"model", "model_fingerprint", b"model_fingerprint", "no_answer_score", b"no_answer_score", "request_id", b"request_id", "timings", b"timings", "trace_id", b"trace_id", "written", b"written"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "answerable", b"answerable", "answers", b"answers", "cache", b"cache", "citations", b"citations", "model", b"model", "model_fingerprint", b"model_fingerprint", "no_answer_score", b"no_answer_score", "request_id", b"request_id", "timings", b"timings", "trace_id", b"trace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -69,14 +69,24 @@ class Gateway:
 
 
 @asynccontextmanager
-async def run_gateway(fakes: Fakes, directory: Path, **settings: str) -> AsyncIterator[Gateway]:
-    """A gateway over the fakes; settings by their environment variable's last part."""
+async def run_gateway(
+    fakes: Fakes, directory: Path, *, models: str = "extractive", **settings: str
+) -> AsyncIterator[Gateway]:
+    """A gateway over the fakes; settings by their environment variable's last part.
+
+    `models`: "extractive", "generative" or both.
+    """
+    finds, writes = "extractive" in models, "generative" in models
     port, grpc_port = free_port(), free_port()
     env = {
         "MIAOTUI_GATEWAY_HTTP_LISTEN": f"127.0.0.1:{port}",
         "MIAOTUI_GATEWAY_GRPC_LISTEN": f"127.0.0.1:{grpc_port}",
-        "MIAOTUI_GATEWAY_TOKENIZER": fakes.address("tokenizer"),
-        "MIAOTUI_GATEWAY_SHARD": fakes.address("shard"),
+        "MIAOTUI_GATEWAY_TOKENIZER": fakes.address("tokenizer") if finds else "",
+        "MIAOTUI_GATEWAY_SHARD": fakes.address("shard") if finds else "",
+        "MIAOTUI_GATEWAY_GENERATOR_TOKENIZER": (
+            fakes.address("generator_tokenizer") if writes else ""
+        ),
+        "MIAOTUI_GATEWAY_GENERATOR_SHARD": fakes.address("generator_shard") if writes else "",
         "MIAOTUI_GATEWAY_POLL_SECONDS": "0.3",
         **{
             name if name.startswith(PLAIN) else f"MIAOTUI_GATEWAY_{name}": value
@@ -135,3 +145,15 @@ def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+async def writer_gateway(
+    all_fakes: Fakes, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Gateway]:
+    """A gateway with both models."""
+    directory = tmp_path_factory.mktemp("writer-gateway")
+    async with run_gateway(
+        all_fakes, directory, models="extractive generative", MAX_TEXTS="8"
+    ) as running:
+        yield running

@@ -336,6 +336,7 @@ async def test_models_and_stages(gateway: Gateway, fakes: Fakes) -> None:
         "layers": 2,
         "max_length": 128,
         "ready": True,
+        "kind": "extractive",
     }
     view = (await gateway.http.get("/v1/pipeline")).json()
     assert view["ready"] is True
