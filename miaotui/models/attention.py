@@ -109,15 +109,29 @@ def packed_attention(
             scale=scaling,
         )
         return output[None], None
+    return attend_runs(query, key, value, packed, scaling), None
+
+
+def attend_runs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed: PackedSequences,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """Attend by one `scaled_dot_product_attention` call a run of neighbours of equal length.
+
+    Args and result as `packed_attention`'s; the tensors may be strided views.
+    """
     if len(packed.runs) == 1:
-        return _run_attention(query, key, value, packed.runs[0], scaling), None
+        return _run_attention(query, key, value, packed.runs[0], scaling)
     _, heads, tokens, dim = query.shape
     output = query.new_empty((1, tokens, heads, dim))
     for run in packed.runs:
         first, count, length = run
         end = first + count * length
         output[:, first:end] = _run_attention(query, key, value, run, scaling)
-    return output, None
+    return output
 
 
 def _run_attention(

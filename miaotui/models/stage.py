@@ -22,6 +22,7 @@ from miaotui.models.families import (
     find_family,
 )
 from miaotui.models.fingerprint import model_fingerprint
+from miaotui.models.fused import encoder_layers
 from miaotui.models.layers import LayerRange
 from miaotui.models.precision import dtype_name, resolve_device, resolve_dtype
 from miaotui.models.shape import ModelKind, ModelShape
@@ -81,13 +82,16 @@ class StageBatch:
 class StageModel:
     """The modules of one stage, ready to compute. Use from one thread at a time."""
 
-    def __init__(self, skeleton: Skeleton, shape: ModelShape, info: StageInfo) -> None:
+    def __init__(
+        self, skeleton: Skeleton, shape: ModelShape, info: StageInfo, *, fuse: bool = True
+    ) -> None:
         """Take loaded modules; use `load` instead."""
         self.info = info
         self.shape = shape
         self._skeleton = skeleton
         self._device = torch.device(info.device)
         self._dtype = next(skeleton.layers[0].parameters()).dtype
+        self._steps = encoder_layers(skeleton.layers, shape.model_type, shape.heads, fuse=fuse)
 
     @classmethod
     def load(
@@ -98,6 +102,7 @@ class StageModel:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         fingerprint: str | None = None,
+        fuse: bool = True,
     ) -> StageModel:
         """Read a stage from a Hugging Face model directory: its own tensors and no others.
 
@@ -109,6 +114,7 @@ class StageModel:
                 differ by less than bfloat16 resolves decide between spans.
             device: "auto", "cpu", "cuda", "cuda:N".
             fingerprint: the model's, where it is known already; None: computed or cached.
+            fuse: on a CPU, compute by `miaotui.models.fused` instead of transformers' layers.
 
         Raises:
             UnsupportedModelError: not a family or head that can be served.
@@ -151,7 +157,7 @@ class StageModel:
             dtype=dtype_name(compute),
             device=str(target),
         )
-        return cls(skeleton, shape, info)
+        return cls(skeleton, shape, info, fuse=fuse)
 
     @torch.inference_mode()
     def run(self, batch: StageBatch) -> torch.Tensor:
@@ -277,10 +283,9 @@ class StageModel:
         return hidden.to(device=self._device, dtype=self._dtype)
 
     def _layers(self, hidden: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
-        hidden = hidden[None]
-        for layer in self._skeleton.layers:
-            hidden = layer(hidden, None, packed=packed)
-        return hidden[0]
+        for step in self._steps:
+            hidden = step(hidden, packed)
+        return hidden
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._skeleton.head is None:

@@ -89,6 +89,37 @@ def test_split_and_packed_equals_unsplit(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_fused_layers_equal_transformers_modules(
+    checkpoints: dict[str, Path], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = StageModel.load(checkpoints[family], device="cpu", dtype="float32", fuse=False)
+    fused = StageModel.load(checkpoints[family], device="cpu", dtype="float32")
+    ids = torch.cat(random_sequences(plain.shape, LENGTHS))
+    expected = plain.run(StageBatch(LENGTHS, ids))
+    # No module is called any more ...
+    for layer in fused._skeleton.layers:
+        monkeypatch.setattr(type(layer), "forward", None)
+    torch.testing.assert_close(fused.run(StageBatch(LENGTHS, ids)), expected, atol=1e-5, rtol=0)
+    monkeypatch.undo()
+    # ... but with parameters that are laid out anew, it would still compute the same.
+    hidden = fused.embed(ids, None, LENGTHS)
+    again = StageModel(fused._skeleton, fused.shape, fused.info, fuse=False)
+    torch.testing.assert_close(
+        again.head(again.layers(hidden, LENGTHS)), expected, atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_layers_hold_nothing_twice(checkpoints: dict[str, Path], family: str) -> None:
+    stage = StageModel.load(checkpoints[family], device="cpu", dtype="float32")
+    storages = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+        for p in stage._skeleton.root.parameters()
+    }
+    assert sum(storages.values()) == stage.info.parameter_bytes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_real_text_equals_unsplit(checkpoints: dict[str, Path], family: str) -> None:
     directory = checkpoints[family]
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -197,7 +228,7 @@ def test_varlen_kernel_is_called_as_it_asks(
         ]
         return torch.cat(done, 1).transpose(0, 1)
 
-    stage = StageModel.load(checkpoints["bert"], device="cpu")
+    stage = StageModel.load(checkpoints["bert"], device="cpu", dtype="float32", fuse=False)
     ids = torch.cat(random_sequences(stage.shape, (5, 17, 5)))
     expected = stage.run(StageBatch([5, 17, 5], ids))
     monkeypatch.setattr(attention, "_varlen_attention", stand_in)
