@@ -29,7 +29,14 @@ class Outlet(Protocol):
         """The call has ended, well or with a status; nothing may follow."""
 
 
-Start = Callable[[Any, CallContext, Outlet], Callable[[], None]]
+class Context(Protocol):
+    """What a start of a call may ask of it."""
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the deadline; None: there is none."""
+
+
+Start = Callable[[Any, Context, Outlet], Callable[[], None]]
 """Starts the work of a call: (request, context, outlet) to the function that cancels it.
 May raise `CallError`. Neither waits."""
 

@@ -55,9 +55,19 @@ def _wrap(name: str, handler: Handler) -> Handler:
         stream: Any = handler.unary_stream
 
         async def streamed(request: Any, context: Any) -> AsyncIterator[Any]:
-            with server_span(name, context):
+            span = start_server_span(name, context)
+            # Never detached: the call's task, and so its context, ends with it, and a generator
+            # whose caller went away may be closed in another one.
+            otel_context.attach(trace.set_span_in_context(span))
+            code = grpc.StatusCode.OK
+            try:
                 async for response in stream(request, context):
                     yield response
+            except BaseException:
+                code = _code(context)
+                raise
+            finally:
+                end_server_span(span, code)
 
         return grpc.unary_stream_rpc_method_handler(streamed, **codec)
     unary: Any = handler.unary_unary

@@ -89,7 +89,7 @@ class Counter:
             await context.abort(error.code, error.details)
 
     def start(
-        self, request: pb.GenerateRequest, context: CallContext, outlet: Outlet
+        self, request: pb.GenerateRequest, context: Any, outlet: Outlet
     ) -> Callable[[], None]:
         self.seen.append((context.time_remaining(), dict(context.invocation_metadata())))
         if request.request_id == "refuse":
