@@ -69,7 +69,8 @@ class Head:
     """Holds requests from arrival to result. The event loop owns it; nothing here computes.
 
     `compute` runs a batch through stage 0; `send` passes it to stage 1 (None where there is
-    only one stage); `cancel` tells the stages behind that nobody waits for some requests.
+    only one stage); both are called in the order of the batches. `cancel` tells the stages
+    behind that nobody waits for some requests.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Head:
         self._requests: dict[str, _Request] = {}
         self._running: dict[int, list[Job]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._last_sent: asyncio.Event | None = None
         self._batch_ids = itertools.count(1)
         self._request_ids = itertools.count(1)
         self._ready = False
@@ -217,16 +219,27 @@ class Head:
             batch = Batch(next(self._batch_ids), [job.meta for job in jobs])
             self._running[batch.batch_id] = jobs
             batch.in_flight = len(self._running)
-            task = asyncio.create_task(self._run(batch, jobs))
+            before, self._last_sent = self._last_sent, asyncio.Event()
+            task = asyncio.create_task(self._run(batch, jobs, before, self._last_sent))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, batch: Batch, jobs: list[Job]) -> None:
-        # A batch set out alone leaves other cores idle; what joins it until it computes counts.
-        batch.in_flight = max(batch.in_flight, len(self._running))
-        await self._compute(batch, jobs)
-        if batch.batch_id not in self._running:
-            return  # the pipeline broke meanwhile
+    async def _run(
+        self, batch: Batch, jobs: list[Job], before: asyncio.Event | None, sent: asyncio.Event
+    ) -> None:
+        """Computes and sends a batch; `before` is set once the one before it is sent."""
+        try:
+            # A batch set out alone leaves other cores idle; what joins it until it computes counts.
+            batch.in_flight = max(batch.in_flight, len(self._running))
+            await self._compute(batch, jobs)
+            if before is not None:
+                await before.wait()
+            if batch.batch_id in self._running:  # otherwise the pipeline broke meanwhile
+                await self._pass_on(batch)
+        finally:
+            sent.set()
+
+    async def _pass_on(self, batch: Batch) -> None:
         if self._send is None or not batch.sequences:
             self.complete(batch)
             return

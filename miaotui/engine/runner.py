@@ -6,27 +6,31 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from miaotui.engine.batch import Batch, CancelledSet, DropCode, StageTiming, drop_unwanted
+from miaotui.engine.decode.types import DecodeSlice, TokenIds
 from miaotui.engine.observe import StageObserver
 from miaotui.engine.scheduler import Job
 from miaotui.engine.worker import ComputeWorker
+from miaotui.models.decoder_stage import DecoderBatch
 from miaotui.models.stage import StageBatch
 
 log = logging.getLogger(__name__)
 
 
 class StageRunner:
-    """Computes batches on the worker's thread; safe to call for several batches at once."""
+    """Computes batches on the worker's thread, in the order in which the calls are entered."""
 
     def __init__(self, worker: ComputeWorker, *, stage: int) -> None:
         self.stage = stage
         self.observer = StageObserver(stage)
         self._worker = worker
+        self._released: list[int] = []
 
     async def compute(
         self, batch: Batch, cancelled: CancelledSet, jobs: Sequence[Job] | None = None
@@ -38,12 +42,32 @@ class StageRunner:
         """
         if jobs is None:
             self._prune(batch, cancelled)
+        if batch.sequences:
+            batch.hidden = await self._run(batch, _stage_batch(batch, jobs))
+
+    async def decode(self, batch: Batch, input_ids: TokenIds | None = None) -> None:
+        """As `compute`, of a decoder: `batch.hidden`, or at the last stage `batch.sampled`.
+
+        `input_ids`: stage 0's, int32 [tokens]. Nothing is dropped from such a batch, because
+        the KV cache must hold the same at every stage: it is computed or fails as a whole.
+        """
+        if self._released:
+            # Of a batch that was not computed here or before.
+            batch.released = [*self._released, *batch.released]
+            self._released = []
+        if batch.sequences:
+            output = await self._run(batch, _decoder_batch(batch, input_ids))
+            if isinstance(output, list):
+                batch.hidden, batch.sampled = None, output
+            else:
+                batch.hidden = output
         if not batch.sequences:
-            return
+            self._released, batch.released = batch.released, []
+
+    async def _run(self, batch: Batch, inputs: StageBatch | DecoderBatch) -> Any:
+        """The model's output; None where it failed, and the batch with it."""
         try:
-            done = await asyncio.wrap_future(
-                self._worker.submit(_stage_batch(batch, jobs), in_flight=batch.in_flight)
-            )
+            done = await asyncio.wrap_future(self._worker.submit(inputs, in_flight=batch.in_flight))
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -51,8 +75,7 @@ class StageRunner:
             log.exception("stage %d could not compute batch %d", self.stage, batch.batch_id)
             message = f"stage {self.stage} failed to compute ({type(error).__name__}); see its log"
             batch.fail(DropCode.INTERNAL, message)
-            return
-        batch.hidden = done.output
+            return None
         waited = max(done.started - meta.arrived for meta in batch.sequences)
         batch.timings.append(
             StageTiming(
@@ -67,6 +90,7 @@ class StageRunner:
             self.observer.computed(batch, done.started, done.finished)
         except Exception:
             log.exception("stage %d could not report batch %d", self.stage, batch.batch_id)
+        return done.output
 
     def _prune(self, batch: Batch, cancelled: CancelledSet) -> None:
         known = len(batch.dropped)
@@ -94,3 +118,15 @@ def _token_types(job: Job) -> npt.NDArray[np.uint8]:
     if job.token_type_ids is None:
         return np.zeros(job.meta.length, np.uint8)
     return job.token_type_ids
+
+
+def _decoder_batch(batch: Batch, input_ids: TokenIds | None) -> DecoderBatch:
+    ids = None if input_ids is None else torch.from_numpy(input_ids)
+    return DecoderBatch(batch.lengths, _slices(batch), ids, batch.hidden, batch.released)
+
+
+def _slices(batch: Batch) -> list[DecodeSlice]:
+    slices = [meta.decode for meta in batch.sequences if meta.decode is not None]
+    if len(slices) != len(batch.sequences):
+        raise ValueError("a decoder's batch with a sequence that has no place in it")
+    return slices

@@ -9,12 +9,11 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from miaotui.engine.threads import available_cores, threads_for
-from miaotui.models.stage import StageBatch
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +27,10 @@ class WorkerClosedError(Exception):
 
 
 class Model(Protocol):
-    """What a worker computes with; `miaotui.models.stage.StageModel` is one."""
+    """What a worker computes with: `StageModel` or `DecoderStageModel` of `miaotui.models`."""
 
-    def run(self, batch: StageBatch) -> torch.Tensor:
-        """Return the stage's output for a batch."""
+    def run(self, batch: Any, /) -> Any:
+        """Return the stage's output for a batch of the model's kind."""
         ...
 
 
@@ -39,12 +38,12 @@ class Model(Protocol):
 class Computed:
     """A batch's output and when it was computed.
 
-    `output` is what `StageModel.run` returned. `submitted`, `started` and `finished` are
+    `output` is what the model's `run` returned. `submitted`, `started` and `finished` are
     readings of `time.monotonic()` in seconds: between the first two the batch waited, between
     the last two it was computed, on `threads` cores.
     """
 
-    output: torch.Tensor
+    output: Any
     submitted: float
     started: float
     finished: float
@@ -53,7 +52,7 @@ class Computed:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    batch: StageBatch
+    batch: Any
     in_flight: int
     future: Future[Computed]
     submitted: float
@@ -112,7 +111,7 @@ class ComputeWorker:
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, batch: StageBatch, *, in_flight: int = 1) -> Future[Computed]:
+    def submit(self, batch: Any, *, in_flight: int = 1) -> Future[Computed]:
         """Queue a batch and return its future, without blocking.
 
         The future's callbacks run on the worker's thread and must be brief; an asyncio
@@ -121,7 +120,7 @@ class ComputeWorker:
         the future's.
 
         Args:
-            batch: the stage's input.
+            batch: the stage's input, as the model's `run` takes it.
             in_flight: batches in the pipeline now, this one included.
 
         Raises:

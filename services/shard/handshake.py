@@ -38,6 +38,16 @@ def _same(own: pb.StageInfo, other: pb.StageInfo) -> None:
             f"{who} belongs to a pipeline of {other.stages} stages, stage {own.index} to one of "
             f"{own.stages}; give every stage the same list of stages"
         )
+    if own.kind != other.kind:
+        raise MismatchError(
+            f"{who} is of kind {pb.ModelKind.Name(other.kind)}, stage {own.index} of "
+            f"{pb.ModelKind.Name(own.kind)}; run the same release everywhere"
+        )
+    if own.kv_block_tokens != other.kv_block_tokens:
+        raise MismatchError(
+            f"{who} has KV blocks of {other.kv_block_tokens} tokens, stage {own.index} of "
+            f"{own.kv_block_tokens}; set the same kv-block-tokens everywhere"
+        )
     for field, flag in (("compute_dtype", "dtype"), ("wire_dtype", "wire dtype")):
         mine, theirs = getattr(own, field), getattr(other, field)
         if mine != theirs:

@@ -30,15 +30,18 @@ class _Connection:
         self._call = call
         self._room = window
         self._changed = asyncio.Event()
+        # Locks let their waiters in one after another, as they came.
+        self._turn = asyncio.Lock()
         self._writing = asyncio.Lock()
         self.closed = False
 
     async def send(self, frame: Frame, part_bytes: int) -> None:
-        while not self._room and not self.closed:
-            self._changed.clear()
-            await self._changed.wait()
-        self._room -= 1
-        await self.write(frame, part_bytes)
+        async with self._turn:
+            while not self._room and not self.closed:
+                self._changed.clear()
+                await self._changed.wait()
+            self._room -= 1
+            await self.write(frame, part_bytes)
 
     async def write(self, frame: Frame, part_bytes: int) -> None:
         async with self._writing:
@@ -99,7 +102,10 @@ class Link:
             self._call.cancel()
 
     async def send(self, frame: Frame) -> None:
-        """Sends a frame once the next stage has room; `ConnectionError` where the link breaks."""
+        """Sends a frame once the next stage has room, in the order of the calls.
+
+        Raises `ConnectionError` where the link breaks.
+        """
         connection = self._connection
         if connection is None:
             raise ConnectionError(f"no link to the next stage at {self.target}")
