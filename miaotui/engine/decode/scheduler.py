@@ -146,6 +146,8 @@ class DecodeScheduler:
         right, whether or not they were added.
         """
         text = item.text
+        if len(item.draft):
+            text.drafter.learn(len(item.draft), accepted)
         text.tokens.extend(written)
         text.computed = min(item.start + item.length - len(item.draft) + accepted, text.length)
         if item.samples:
@@ -191,11 +193,39 @@ class DecodeScheduler:
         texts.sort(key=by_order)
         texts = [text for text in texts if text.state is State.READY and self._grow(text)]
         slices = []
-        for text in texts:
-            slices.append(Slice(text, text.sequence_id, text.sent, 1, 1, NO_TOKENS, False))
+        for text, draft in zip(texts, self._drafts(texts), strict=True):
+            samples = 1 + len(draft)
+            slices.append(Slice(text, text.sequence_id, text.sent, samples, samples, draft, False))
             text.state = State.FLYING
-            text.sent += 1
+            text.sent += samples
         return slices
+
+    def _drafts(self, texts: list[Text]) -> list[TokenIds]:
+        """Guesses for a batch's texts, as many as cost it next to nothing."""
+        settings = self.settings
+        spare = min(settings.draft_batch_tokens, settings.batch_tokens) - len(texts)
+        if spare < 1:
+            return [NO_TOKENS] * len(texts)
+        drafts = [text.draft() for text in texts]
+        hopeful = sum(len(draft) > 0 for draft in drafts)
+        for index, (text, draft) in enumerate(zip(texts, drafts, strict=True)):
+            if len(draft):
+                share = min(-(-spare // hopeful), self._stretch(text, len(draft)))
+                hopeful -= 1
+                drafts[index] = draft[:share]
+                spare -= len(drafts[index])
+        return drafts
+
+    def _stretch(self, text: Text, draft: int) -> int:
+        """Sees that there are blocks for a draft; returns for how much of it."""
+        assert self.pool is not None
+        missing = -(-(text.length + draft) // self.block_tokens) - text.table.size
+        if missing > 0:
+            # Nobody is to give way for a mere guess.
+            if missing + len(self._running) > self.pool.available:
+                return text.table.size * self.block_tokens - text.length
+            text.table.extend(self.pool.take(missing))
+        return draft
 
     def _grow(self, text: Text) -> bool:
         """Sees that there is a block for a text's newest token; False: it gave way itself."""

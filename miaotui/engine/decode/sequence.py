@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from miaotui.engine.decode.blocks import BlockHasher
-from miaotui.engine.decode.speculation import Drafter
+from miaotui.engine.decode.speculation import Drafter, PromptIndex
 from miaotui.engine.decode.types import (
     GenerationRequest,
     GenerationUsage,
@@ -78,6 +78,14 @@ class Work:
     """Whether any of it has been sent."""
     prompt_digests: list[bytes] = field(default_factory=list)
     """Of the prompt's full blocks, as far as they have been computed."""
+    _prompt_index: PromptIndex | None = None
+
+    @property
+    def prompt_index(self) -> PromptIndex:
+        """For drafts; made when the first is wanted."""
+        if self._prompt_index is None:
+            self._prompt_index = PromptIndex(self.request.prompt)
+        return self._prompt_index
 
     def begin(self, text: Text) -> None:
         """A text of its is about to be computed."""
@@ -133,6 +141,15 @@ class Text:
     def left(self) -> int:
         """Tokens that have yet to be sent to the pipeline."""
         return self.tokens.size - self.sent
+
+    def draft(self) -> TokenIds:
+        """What may follow, int32; often nothing."""
+        # One token comes even if none of them is right.
+        room = self.limit - self.length - 1
+        if not self.drafter.most or room < 1:
+            return NO_TOKENS
+        guess = self.drafter.draft(self.tokens.view(0, self.length), self.work.prompt_index, room)
+        return NO_TOKENS if guess is None else guess
 
     def start(self) -> SequenceStart:
         """What the last stage must know of it."""

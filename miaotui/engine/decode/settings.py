@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from miaotui.engine.decode.speculation import MAX_VOCABULARY
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
@@ -59,6 +61,8 @@ class GenerationSettings:
         )
         if smallest < 1 or min(self.micro_batches, self.draft_tokens) < 0:
             raise ValueError(f"a bound is too small: {self}")
+        if self.vocabulary > MAX_VOCABULARY:
+            raise ValueError(f"a vocabulary of {self.vocabulary} exceeds {MAX_VOCABULARY}")
 
     @property
     def groups(self) -> int:

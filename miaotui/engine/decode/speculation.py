@@ -78,15 +78,14 @@ class Drafter:
         self._paces = [_Pace(max(1, self.most >> shift)) for shift in (2, 1, 0)]
 
     def draft(self, tokens: TokenIds, prompt: PromptIndex, room: int) -> TokenIds | None:
-        """What may follow `tokens` (int32, prompt and text), at most `room` ids; None: no idea.
+        """What may follow `tokens` (int32, prompt and text), at most `room` (> 0) of them.
 
-        The longest n-gram that has been there before counts, at its last place.
+        The longest n-gram that has been there before counts, at its last place. None where
+        there is none, or where such matches have lately been no good.
         """
         length = len(tokens)
         if length - 1 > self._indexed:
             self._extend(tokens)
-        if room < 1 or length < 2:
-            return None
         tail = tokens[-_LONGEST:].tolist()
         keys: list[int] = []
         key = 0

@@ -161,7 +161,6 @@ class Ring:
         ]
         if self.settings.stages > 1:
             self._tasks.append(asyncio.create_task(self._return()))
-        self.generation = object()
         self.head.pipeline_up(self.blocks, self.block_tokens)
 
     def down(self) -> None:

@@ -146,6 +146,8 @@ async def _live(scenario: _Scenario) -> None:
     cuts: list[asyncio.Task[None]] = []
 
     async def cut() -> None:
+        if not ring.head.ready:
+            return
         ring.down()
         for _ in range(5):
             await asyncio.sleep(0)
