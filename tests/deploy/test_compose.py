@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,9 +119,7 @@ def test_everything_is_bounded_checked_and_restarted(project: dict[str, Any]) ->
         assert service["cap_drop"] == ["ALL"], name
         assert "no-new-privileges:true" in service["security_opt"], name
         image = service["image"]
-        assert ":" in image and (image.startswith("miaotui:") or not image.endswith(":latest")), (
-            name
-        )
+        assert re.fullmatch(r"miaotui:\w+|[\w./-]+:v?\d+\.\d+[\w.-]*", image), name
         once = name.startswith("make-")
         if once:
             assert service["network_mode"] == "none", name
