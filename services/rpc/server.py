@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -140,8 +140,3 @@ def run(main: Callable[[], Awaitable[None]]) -> int:
         log.error("%s", error)
         return 2
     return 0
-
-
-def split_addresses(text: str) -> Sequence[str]:
-    """`"a:1, b:2"` → `("a:1", "b:2")`."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -9,11 +9,15 @@ from typing import Any
 import grpc
 import torch
 
+from miaotui.engine.decode.head import GenerationHead
+from miaotui.engine.decode.settings import GenerationSettings
 from miaotui.engine.head import Head, HeadSettings
 from miaotui.engine.runner import StageRunner
 from miaotui.engine.scheduler import Scheduler
 from miaotui.engine.worker import ComputeWorker
+from miaotui.models.decoder_stage import DecoderStageModel
 from miaotui.models.layers import LayerRange
+from miaotui.models.loading import load_stage
 from miaotui.models.partition import parse_layers, plan_stages
 from miaotui.models.stage import StageModel
 from miaotui.telemetry import setup_logging, setup_telemetry
@@ -29,6 +33,9 @@ from services.shard.stage import Stage
 log = logging.getLogger(__name__)
 
 SERVICE = "miaotui.v1.ShardService"
+KINDS = {"extractive": pb.MODEL_KIND_EXTRACTIVE, "generative": pb.MODEL_KIND_GENERATIVE}
+
+AnyStageModel = StageModel | DecoderStageModel
 
 
 def layer_range(settings: ShardSettings) -> LayerRange:
@@ -43,7 +50,7 @@ def layer_range(settings: ShardSettings) -> LayerRange:
     return plan.stages[settings.stage].layers
 
 
-def stage_info(model: StageModel, settings: ShardSettings) -> pb.StageInfo:
+def stage_info(model: AnyStageModel, settings: ShardSettings) -> pb.StageInfo:
     """What the neighbours compare."""
     info = model.info
     wire = info.dtype if settings.wire_dtype == "auto" else settings.wire_dtype
@@ -66,10 +73,13 @@ def stage_info(model: StageModel, settings: ShardSettings) -> pb.StageInfo:
         parameter_bytes=info.parameter_bytes,
         model_parameter_bytes=info.model_parameter_bytes,
         address=settings.address,
+        kind=KINDS[info.kind],
+        kv_blocks=info.kv_blocks,
+        kv_block_tokens=info.kv_block_tokens,
     )
 
 
-def build_stage(settings: ShardSettings, model: StageModel, server: RpcServer) -> Stage:
+def build_stage(settings: ShardSettings, model: AnyStageModel, server: RpcServer) -> Stage:
     """Wires engine and links together."""
     stages = len(settings.addresses)
     info = stage_info(model, settings)
@@ -87,25 +97,60 @@ def build_stage(settings: ShardSettings, model: StageModel, server: RpcServer) -
         status_changed=server.set_serving,
     )
     if stage.is_head:
-        on_gpu = info.device.startswith("cuda")
-        scheduler = Scheduler(
-            stages=stages,
-            batch_tokens=settings.batch_tokens or (16_384 if on_gpu else 1_024),
-            min_batch_tokens=settings.min_batch_tokens,
-            max_sequences=settings.queue_sequences,
-            max_tokens=settings.queue_tokens,
-        )
-        stage.head = Head(
-            scheduler,
-            HeadSettings(
-                max_in_flight=settings.max_in_flight or stages + 1,
-                grace=settings.reconnect_grace,
-            ),
-            compute=lambda batch, jobs: runner.compute(batch, stage.cancelled, jobs),
-            send=stage.send if stages > 1 else None,
-            cancel=stage.cancel,
-        )
+        writes = info.kind == pb.MODEL_KIND_GENERATIVE
+        stage.head = (_writing_head if writes else _reading_head)(settings, stage)
     return stage
+
+
+def _batch_tokens(settings: ShardSettings, stage: Stage) -> int:
+    on_gpu = stage.info.device.startswith("cuda")
+    return settings.batch_tokens or (16_384 if on_gpu else 1_024)
+
+
+def _reading_head(settings: ShardSettings, stage: Stage) -> Head:
+    stages = len(settings.addresses)
+    scheduler = Scheduler(
+        stages=stages,
+        batch_tokens=_batch_tokens(settings, stage),
+        min_batch_tokens=settings.min_batch_tokens,
+        max_sequences=settings.queue_sequences,
+        max_tokens=settings.queue_tokens,
+    )
+    return Head(
+        scheduler,
+        HeadSettings(
+            max_in_flight=settings.max_in_flight or stages + 1,
+            grace=settings.reconnect_grace,
+        ),
+        compute=lambda batch, jobs: stage.runner.compute(batch, stage.cancelled, jobs),
+        send=stage.send if stages > 1 else None,
+        cancel=stage.cancel,
+    )
+
+
+def _writing_head(settings: ShardSettings, stage: Stage) -> GenerationHead:
+    stages = len(settings.addresses)
+    batch_tokens = _batch_tokens(settings, stage)
+    on_gpu = stage.info.device.startswith("cuda")
+    return GenerationHead(
+        GenerationSettings(
+            stages=stages,
+            vocabulary=stage.info.vocab_size,
+            context=stage.info.max_sequence_length,
+            max_in_flight=settings.max_in_flight or stages + 1,
+            micro_batches=settings.micro_batches or (stages if on_gpu else settings.machines),
+            batch_tokens=batch_tokens,
+            chunk_tokens=min(settings.chunk_tokens or max(1, batch_tokens // 4), batch_tokens),
+            max_running=settings.max_running,
+            queue_sequences=settings.queue_sequences,
+            queue_tokens=settings.queue_tokens,
+            draft_tokens=settings.draft_tokens,
+            prefix_cache=settings.prefix_cache,
+            grace=settings.reconnect_grace,
+        ),
+        compute=stage.compute,
+        send=stage.send if stages > 1 else None,
+    )
 
 
 def _register(server: RpcServer, servicer: ShardServicer) -> None:
@@ -127,6 +172,16 @@ def _register(server: RpcServer, servicer: ShardServicer) -> None:
             request_deserializer=pb.InferStreamRequest.FromString,
             response_serializer=pb.InferStreamResponse.SerializeToString,
         ),
+        "Generate": grpc.unary_stream_rpc_method_handler(
+            servicer.Generate,
+            request_deserializer=pb.GenerateRequest.FromString,
+            response_serializer=pb.GenerateResponse.SerializeToString,
+        ),
+        "GenerateStream": grpc.stream_stream_rpc_method_handler(
+            servicer.GenerateStream,
+            request_deserializer=pb.GenerateStreamRequest.FromString,
+            response_serializer=pb.GenerateStreamResponse.SerializeToString,
+        ),
         "Forward": grpc.stream_stream_rpc_method_handler(
             servicer.Forward,
             request_deserializer=None,
@@ -147,7 +202,7 @@ async def serve_shard(settings: ShardSettings) -> None:
     servicer = ShardServicer(
         stage,
         max_request_sequences=settings.max_request_sequences,
-        token_types=model.shape.type_vocab_size,
+        token_types=model.shape.type_vocab_size if isinstance(model, StageModel) else 0,
     )
     _register(server, servicer)
     ring: list[asyncio.Task[None]] = []
@@ -160,7 +215,7 @@ async def serve_shard(settings: ShardSettings) -> None:
         await server.set_serving(False)
         if stage.head is not None:
             await stage.head.drain(settings.drain_seconds)
-        await servicer.infer_calls.drain(1.0)
+        await asyncio.gather(servicer.infer_calls.drain(1.0), servicer.generate_calls.drain(1.0))
 
     try:
         await serve(
@@ -178,10 +233,17 @@ async def serve_shard(settings: ShardSettings) -> None:
         telemetry.shutdown()
 
 
-def _load(settings: ShardSettings) -> StageModel:
+def _load(settings: ShardSettings) -> AnyStageModel:
     layers = layer_range(settings)
     log.info("loading layers %s of %s", layers, settings.model.name)
-    model = StageModel.load(settings.model, layers, dtype=settings.dtype, device=settings.device)
+    model = load_stage(
+        settings.model,
+        layers,
+        dtype=settings.dtype,
+        device=settings.device,
+        kv_cache_bytes=settings.kv_cache_bytes or None,
+        kv_block_tokens=settings.kv_block_tokens,
+    )
     log.info(
         "%.1f of %.1f MB of parameters, %s on %s",
         model.info.parameter_bytes / 1e6,
@@ -189,6 +251,9 @@ def _load(settings: ShardSettings) -> StageModel:
         model.info.dtype,
         model.info.device,
     )
+    if model.info.kv_blocks:
+        tokens = model.info.kv_blocks * model.info.kv_block_tokens
+        log.info("room for keys and values of %d tokens", tokens)
     return model
 
 

@@ -1,4 +1,4 @@
-"""The gRPC face of a stage: Describe, Infer and Forward."""
+"""The gRPC face of a stage: Describe, Infer, Generate and Forward."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import numpy as np
 import psutil
 from grpc import aio
 
+from miaotui.engine.decode.head import GenerationHead
 from miaotui.engine.head import (
     ComputeError,
     DeadlineError,
+    Head,
     PipelineUnavailableError,
     TokenIds,
     TokenTypes,
@@ -23,21 +25,17 @@ from miaotui.engine.scheduler import QueueFullError
 from miaotui.telemetry import inject_context
 from miaotui.v1 import shard_pb2 as pb
 from miaotui.v1 import shard_pb2_grpc
-from services.rpc.calls import CallServer
+from services.rpc.calls import CallError, CallServer
+from services.rpc.streaming_server import SingleCall, StreamedCallServer
 from services.shard.convert import timings_to_proto
+from services.shard.generation import STATUS_OF_ERROR, Generation, refusal
 from services.shard.stage import ForwardContext, Stage
 
 log = logging.getLogger(__name__)
 
-_STATUS_OF_ERROR = {
-    QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    PipelineUnavailableError: grpc.StatusCode.UNAVAILABLE,
-    DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
-    ComputeError: grpc.StatusCode.INTERNAL,
-}
-
-
 InferContext = aio.ServicerContext[pb.InferRequest, pb.InferResponse]
+GenerateContext = aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
+GenerateStreamContext = aio.ServicerContext[pb.GenerateStreamRequest, pb.GenerateStreamResponse]
 
 
 class InvalidSequenceError(ValueError):
@@ -98,6 +96,10 @@ class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
             self.Infer,
             lambda status, response: pb.InferStreamResponse(call=status, response=response),
         )
+        self._generation = Generation(stage)
+        self.generate_calls = StreamedCallServer(
+            "miaotui.v1.ShardService/Generate", self._generation.start, pb.GenerateStreamResponse
+        )
 
     async def Describe(
         self, request: pb.ShardServiceDescribeRequest, context: grpc.ServicerContext
@@ -105,6 +107,7 @@ class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
         """Who this stage is and whether it serves."""
         stage, head = self._stage, self._stage.head
         status, reason = stage.status()
+        pool = head.scheduler.pool if isinstance(head, GenerationHead) else None
         return pb.ShardServiceDescribeResponse(
             stage=stage.info,
             status=status,
@@ -115,18 +118,16 @@ class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
             sequences_total=stage.runner.observer.sequences_total,
             tokens_total=stage.runner.observer.tokens_total,
             resident_bytes=self._process.memory_info().rss,
+            kv_blocks_used=0 if pool is None else pool.used,
+            kv_blocks_cached=0 if pool is None else pool.cached,
         )
 
     async def Infer(self, request: pb.InferRequest, context: InferContext) -> pb.InferResponse:
         """Span logits of a request's sequences, through all stages."""
         stage, head = self._stage, self._stage.head
-        if head is None:
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"this is stage {stage.info.index}; requests go to stage 0",
-            )
-        if stage.draining:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "shutting down; try again elsewhere")
+        if (refused := refusal(stage, pb.MODEL_KIND_EXTRACTIVE)) is not None:
+            await context.abort(refused.code, refused.details)
+        assert isinstance(head, Head)
         if not 1 <= len(request.sequences) <= self._max_sequences:
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT,
@@ -146,7 +147,7 @@ class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
                 request.request_id, sequences, deadline=deadline, trace=inject_context()
             )
         except (QueueFullError, PipelineUnavailableError, DeadlineError, ComputeError) as error:
-            await context.abort(_STATUS_OF_ERROR[type(error)], str(error))
+            await context.abort(STATUS_OF_ERROR[type(error)], str(error))
         return pb.InferResponse(
             logits=[
                 pb.SpanLogits(start=logits[:, 0].tobytes(), end=logits[:, 1].tobytes())
@@ -160,6 +161,30 @@ class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
     ) -> None:
         """Infer, many times on one stream."""
         await self.infer_calls.serve(request_iterator, context)
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: GenerateContext
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """The tokens that follow a prompt, as they come, through all stages."""
+        call = SingleCall()
+        try:
+            call.cancel = self._generation.start(request, context, call)
+            # Also where nobody reads on, which this generator would not be told.
+            context.add_done_callback(lambda _: call.cancel())  # type: ignore[arg-type]
+            async for response in call:
+                yield response
+        except CallError as error:
+            await context.abort(error.code, error.details)
+        finally:
+            call.cancel()
+
+    async def GenerateStream(  # type: ignore[override]
+        self,
+        request_iterator: AsyncIterator[pb.GenerateStreamRequest],
+        context: GenerateStreamContext,
+    ) -> None:
+        """Generate, many times on one stream."""
+        await self.generate_calls.serve(request_iterator, context)
 
     async def Forward(  # type: ignore[override]
         self, request_iterator: AsyncIterator[bytes], context: ForwardContext

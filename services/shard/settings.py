@@ -8,8 +8,12 @@ from typing import Literal
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from services.rpc.server import split_addresses
 from services.rpc.tls import TlsSettings
+
+
+def split_addresses(text: str) -> tuple[str, ...]:
+    """`"a:1, b:2"` → `("a:1", "b:2")`."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 class ShardSettings(TlsSettings):
@@ -50,6 +54,40 @@ class ShardSettings(TlsSettings):
     max_in_flight: int = Field(
         0, ge=0, description="Batches in the pipeline at once; 0: stages + 1"
     )
+    kv_cache_bytes: int = Field(
+        0,
+        ge=0,
+        description="Decoders: for this stage's keys and values; 0: what a quarter of the "
+        "machine's free memory, or most of a GPU's, has room for",
+    )
+    kv_block_tokens: int = Field(
+        16, ge=1, le=1024, description="Decoders: tokens in a KV block; the same everywhere"
+    )
+    chunk_tokens: int = Field(
+        0,
+        ge=0,
+        description="Decoders: most tokens of prompts in a batch while texts are being written; "
+        "0: a quarter of the batch",
+    )
+    max_running: int = Field(
+        256, ge=1, description="Decoders: most texts that are written at once; more wait"
+    )
+    micro_batches: int = Field(
+        0,
+        ge=0,
+        description="Decoders: batches that the texts being written are spread over; 0: one a "
+        "machine, as stages that share cores gain nothing from more",
+    )
+    draft_tokens: int = Field(
+        8,
+        ge=0,
+        le=64,
+        description="Decoders: most tokens guessed ahead from the prompt a step, where a request "
+        "does not say; 0: none",
+    )
+    prefix_cache: bool = Field(
+        True, description="Decoders: whether prompts that begin alike share keys and values"
+    )
     inbox_batches: int = Field(4, ge=1, description="Batches that may wait at a later stage")
     part_bytes: int = Field(
         16 * 1024 * 1024,
@@ -69,7 +107,7 @@ class ShardSettings(TlsSettings):
     @property
     def addresses(self) -> tuple[str, ...]:
         """Every stage's host:port, in order."""
-        return tuple(split_addresses(self.stages))
+        return split_addresses(self.stages)
 
     @property
     def address(self) -> str:
@@ -83,6 +121,13 @@ class ShardSettings(TlsSettings):
             return self.colocated_stages
         hosts = [address.rpartition(":")[0] for address in self.addresses]
         return hosts.count(hosts[self.stage])
+
+    @property
+    def machines(self) -> int:
+        """Machines that the stages run on."""
+        if self.colocated_stages:
+            return -(-len(self.addresses) // self.colocated_stages)
+        return len({address.rpartition(":")[0] for address in self.addresses})
 
     @model_validator(mode="after")
     def _stage_is_listed(self) -> ShardSettings:

@@ -10,6 +10,8 @@ from typing import Protocol
 import grpc
 
 from miaotui.engine.batch import Batch, CancelledSet, DropCode
+from miaotui.engine.decode.head import GenerationHead
+from miaotui.engine.decode.types import TokenIds
 from miaotui.engine.head import Head
 from miaotui.engine.runner import StageRunner
 from miaotui.engine.tensors import TensorFormatError
@@ -18,6 +20,7 @@ from services.shard.codec import Assembler, Frame, FrameError, decode
 from services.shard.convert import batch_to_frame, frame_to_batch
 from services.shard.handshake import MismatchError, check_chain
 from services.shard.link import Chain, Link
+from services.shard.slices import DecodeLimits
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +80,18 @@ class Stage:
         """`next_address`: of the stage that follows; of stage 0, for the last."""
         self.info = info
         self.runner = runner
-        self.head: Head | None = None
+        self.head: Head | GenerationHead | None = None
         self.cancelled = CancelledSet()
         self.pipeline: Chain = (info,) if info.stages == 1 else ()
         self.draining = False
+        self._limits: DecodeLimits | None = None
+        if info.kind == pb.MODEL_KIND_GENERATIVE:
+            self._limits = DecodeLimits(
+                vocabulary=info.vocab_size,
+                context=info.max_sequence_length,
+                blocks=info.kv_blocks,
+                block_tokens=info.kv_block_tokens,
+            )
         self._wire_dtype = wire_dtype
         self._inbox_batches = inbox_batches
         self._status_changed = status_changed
@@ -113,7 +124,8 @@ class Stage:
     def queued(self) -> int:
         """Sequences that wait here."""
         if self.head is not None:
-            return len(self.head.scheduler)
+            head = self.head
+            return head.queued if isinstance(head, GenerationHead) else len(head.scheduler)
         return self._inbox.qsize()
 
     async def run(self) -> None:
@@ -151,10 +163,14 @@ class Stage:
         status, reason = self.status()
         serving = status == pb.STAGE_STATUS_SERVING
         if self.head is not None:
-            if serving:
-                self.head.pipeline_up()
-            else:
+            if not serving:
                 self.head.pipeline_down(reason)
+            elif isinstance(self.head, GenerationHead):
+                # As many blocks as the poorest stage has.
+                blocks = min(stage.kv_blocks for stage in self.pipeline)
+                self.head.pipeline_up(blocks, self.info.kv_block_tokens)
+            else:
+                self.head.pipeline_up()
         if serving != self._was_serving:
             self._was_serving = serving
             self._spawn(self._status_changed(serving))
@@ -180,6 +196,9 @@ class Stage:
         self._update()
 
     def _link_down(self, _reason: str) -> None:
+        if self.is_head:
+            # Every stage behind begins anew, and the ring is whole when the last one says so.
+            self.pipeline = ()
         self._update()
 
     def _link_refused(self, reason: str) -> None:
@@ -254,6 +273,8 @@ class Stage:
             log.info("stage %d: the stage before has reconnected", self.info.index)
             previous.cancel()
         self._inbox = asyncio.Queue(self._inbox_batches)
+        if previous is not None and self.head is not None:
+            self.head.pipeline_down("the last stage has reconnected")
         if not self.is_head:
             # Anew, even where nothing changed: what the old link carried is void.
             self.link.set_chain(None)
@@ -274,11 +295,11 @@ class Stage:
             if not self.is_last:
                 self.link.cancel(list(frame.message.cancel.request_ids))
         elif kind == "results" and self.head is not None:
-            batch = frame_to_batch(frame, width=2)
+            batch = frame_to_batch(frame, 2, self._limits)
             self.head.complete(batch)
             await answers.credit(batch.batch_id)
         elif kind == "batch" and not self.is_head:
-            batch = frame_to_batch(frame, width=self.info.hidden_size)
+            batch = frame_to_batch(frame, self.info.hidden_size, self._limits)
             try:
                 self._inbox.put_nowait(batch)
             except asyncio.QueueFull:
@@ -298,27 +319,55 @@ class Stage:
     async def _consume(self, answers: _Answers) -> None:
         room = asyncio.Semaphore(_BATCHES_INSIDE)
         inbox = self._inbox
+        before: asyncio.Event | None = None
         async with asyncio.TaskGroup() as group:
             while True:
                 batch = await inbox.get()
                 await room.acquire()
                 # First the work, then the credit: the one is waited for, the other is not.
-                task = group.create_task(self._pass_on(batch))
+                sent = asyncio.Event()
+                task = group.create_task(self._pass_on(batch, before, sent))
                 task.add_done_callback(lambda _: room.release())
+                before = sent
                 await answers.credit(batch.batch_id)
 
-    async def _pass_on(self, batch: Batch) -> None:
-        await self.runner.compute(batch, self.cancelled)
+    async def _pass_on(
+        self, batch: Batch, before: asyncio.Event | None, sent: asyncio.Event
+    ) -> None:
+        """Computes and sends a batch; `before` is set once the one before it is sent.
+
+        Tasks start in the order in which they were made, so batches are computed in it, too.
+        """
         try:
-            await self.send(batch)
+            await self.compute(batch)
+            if before is not None:
+                await before.wait()
+            await self._send_or_fail(batch)
+        finally:
+            sent.set()
+
+    async def _send_or_fail(self, batch: Batch) -> None:
+        try:
+            try:
+                await self.send(batch)
+            except ConnectionError:
+                raise
+            except Exception:
+                # The sequences are reported as failed rather than never.
+                log.exception("stage %d could not send batch %d", self.info.index, batch.batch_id)
+                batch.fail(DropCode.INTERNAL, f"stage {self.info.index} failed; see its log")
+                batch.sampled = None
+                await self.send(batch)
         except ConnectionError as error:
             # Stage 0 sees the break too and runs the batch's sequences again.
             log.debug("batch %d is not passed on: %s", batch.batch_id, error)
-        except Exception:
-            # The sequences are reported as failed rather than never.
-            log.exception("stage %d could not send batch %d", self.info.index, batch.batch_id)
-            batch.fail(DropCode.INTERNAL, f"stage {self.info.index} failed; see its log")
-            await self.send(batch)
+
+    async def compute(self, batch: Batch, input_ids: TokenIds | None = None) -> None:
+        """Computes a batch; `input_ids` at a decoder's stage 0."""
+        if self._limits is None:
+            await self.runner.compute(batch, self.cancelled)
+        else:
+            await self.runner.decode(batch, input_ids)
 
     async def send(self, batch: Batch) -> None:
         """Sends a computed batch to the next stage; the last stage's results go to stage 0."""
