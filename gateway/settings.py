@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
@@ -36,6 +38,19 @@ class GatewaySettings(TlsSettings):
     )
     generator_shard: str = Field(
         default="", description="host:port of that model's stage 0; empty: none"
+    )
+
+    documents: str = Field(
+        default="", description="directory of the users' documents; empty: the user's data folder"
+    )
+    max_upload_bytes: Positive = Field(
+        default=64 * 1024 * 1024, description="largest upload of documents"
+    )
+    max_document_characters: Positive = Field(
+        default=5_000_000, description="longest text of one document"
+    )
+    reading_timeout: Seconds = Field(
+        default=120.0, description="seconds that reading one document may take"
     )
 
     max_body_bytes: Positive = Field(default=1024 * 1024, description="larger bodies get 413")
@@ -112,6 +127,14 @@ class GatewaySettings(TlsSettings):
         if self.generator_shard:
             return max(self.max_request_timeout, self.max_generation_timeout)
         return self.max_request_timeout
+
+    @property
+    def documents_directory(self) -> Path:
+        """Where the users' documents are kept."""
+        if self.documents:
+            return Path(self.documents).expanduser()
+        data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+        return Path(data).expanduser() / "miaotui" / "documents"
 
     @property
     def shares_cache(self) -> bool:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 Vectors = npt.NDArray[np.float32]
 
-# What all-MiniLM-L6-v2 was trained on: longer texts are cut.
+# Stores keep it beside their vectors.
+BUNDLED_NAME = "all-MiniLM-L6-v2"
+# What it was trained on: longer texts are cut.
 LONGEST_TOKENS = 256
 _BATCH_TOKENS = 2048
 
@@ -61,7 +63,7 @@ def bundled_folder() -> Path:
 class SentenceEncoder:
     """A BERT encoder whose vectors are the mean over the tokens, scaled to length 1."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = BUNDLED_NAME) -> None:
         """Loads a Hugging Face model directory. Raises `EncoderError`."""
         import torch
         from tokenizers import Tokenizer
@@ -77,7 +79,7 @@ class SentenceEncoder:
         except Exception as error:  # whatever a damaged file makes the libraries raise
             raise EncoderError(f"{folder}: {type(error).__name__}: {error}") from error
         self._model.requires_grad_(False)
-        self.name = folder.parent.name if folder.name == "model" else folder.name
+        self.name = name
         self.dimensions = int(self._model.config.hidden_size)
 
     def encode(self, texts: Sequence[str]) -> Vectors:

@@ -31,7 +31,8 @@ class Library:
         """The collections that there are, by name."""
         if not self._directory.is_dir():
             return []
-        return sorted(unquote(path.stem) for path in self._directory.glob(f"*{_SUFFIX}"))
+        found = (unquote(path.stem) for path in self._directory.glob(f"*{_SUFFIX}"))
+        return sorted(name for name in found if _is_name(name))
 
     def get(self, name: str, *, create: bool = False) -> SqliteCollection | None:
         """A collection; `None` where there is none and none is to be made.
@@ -64,9 +65,13 @@ class Library:
 def check_name(name: str) -> str:
     """The name in normal form (NFC). Raises `CollectionNameError` for one that is not allowed."""
     name = unicodedata.normalize("NFC", name)
-    if not _NAME.fullmatch(name) or len(name.encode("utf-8", "replace")) > _MOST_BYTES:
+    if not _is_name(name):
         raise CollectionNameError(
             "a collection's name has letters, digits, spaces, '-', '_' and '.', with a letter or "
             f"digit at both ends, and at most {_MOST_BYTES} bytes in UTF-8"
         )
     return name
+
+
+def _is_name(name: str) -> bool:
+    return bool(_NAME.fullmatch(name)) and len(name.encode("utf-8", "replace")) <= _MOST_BYTES

@@ -1,0 +1,1 @@
+"""The user's own documents: adding, listing and searching them, and answers from them."""
