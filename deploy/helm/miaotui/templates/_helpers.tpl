@@ -1,0 +1,170 @@
+{{- define "miaotui.name" -}}
+{{- if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "miaotui.selector" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{/* Labels of an object of one component: dict "root" $ "component" "gateway". */}}
+{{- define "miaotui.labels" -}}
+{{ include "miaotui.selector" .root }}
+app.kubernetes.io/component: {{ .component }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end -}}
+
+{{- define "miaotui.serviceAccount" -}}
+{{- .Values.serviceAccount.name | default (include "miaotui.name" .) -}}
+{{- end -}}
+
+{{- define "miaotui.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile:
+  type: RuntimeDefault
+{{- end -}}
+
+{{- define "miaotui.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end -}}
+
+{{- define "miaotui.image" -}}
+{{- printf "%s:%s" .Values.image.repository (.Values.image.tag | default .Chart.AppVersion) -}}
+{{- end -}}
+
+{{/* What every pod of ours has: dict "root" $ "part" .Values.gateway. */}}
+{{- define "miaotui.podCommon" -}}
+serviceAccountName: {{ include "miaotui.serviceAccount" .root }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext:
+  {{- include "miaotui.podSecurity" .root | nindent 2 }}
+{{- with .root.Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .root.Values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .part.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .part.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .part.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* Variables that all services read. */}}
+{{- define "miaotui.environment" -}}
+{{- if .Values.tls.secretName }}
+- {name: MIAOTUI_TLS_DIR, value: /tls}
+- {name: MIAOTUI_TLS_MUTUAL, value: {{ .Values.tls.mutual | quote }}}
+- {name: MIAOTUI_TLS_SERVER_NAME, value: {{ .Values.tls.serverName | quote }}}
+{{- end }}
+{{- if .Values.telemetry.otlpEndpoint }}
+- {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ printf "http://%s" .Values.telemetry.otlpEndpoint | quote }}}
+{{- end }}
+- {name: OTEL_METRICS_EXPORTER, value: none}
+{{- end -}}
+
+{{/* More settings: dict "prefix" "MIAOTUI_SHARD_" "settings" map. */}}
+{{- define "miaotui.settings" -}}
+{{- $prefix := .prefix -}}
+{{- range $name, $value := .settings }}
+- {name: {{ printf "%s%s" $prefix (upper $name) }}, value: {{ $value | toString | quote }}}
+{{- end }}
+{{- end -}}
+
+{{- define "miaotui.mounts" -}}
+- {name: tmp, mountPath: /tmp}
+{{- if .root.Values.tls.secretName }}
+- {name: tls, mountPath: /tls, readOnly: true}
+{{- end }}
+{{- if and .model .root.Values.model.volume }}
+- {name: models, mountPath: /models, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{- define "miaotui.volumes" -}}
+- name: tmp
+  emptyDir: {sizeLimit: 256Mi}
+{{- if .root.Values.tls.secretName }}
+- name: tls
+  secret:
+    secretName: {{ .root.Values.tls.secretName }}
+    defaultMode: 0440
+{{- end }}
+{{- if .model }}
+{{- with .root.Values.model.volume }}
+- name: models
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Probes of a gRPC service: dict "root" $ "port" 50060 "startSeconds" 300. The kubelet's own
+     gRPC probe does not speak TLS; the image's does. Only readiness asks for health: a stage
+     whose neighbour is away is well, and a restart of it would help nobody. */}}
+{{- define "miaotui.probes" -}}
+startupProbe:
+  tcpSocket: {port: {{ .port }}}
+  periodSeconds: 2
+  failureThreshold: {{ div .startSeconds 2 }}
+livenessProbe:
+  tcpSocket: {port: {{ .port }}}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 3
+readinessProbe:
+  {{- if .root.Values.tls.secretName }}
+  exec:
+    command: [python, -m, services.rpc.probe, "127.0.0.1:{{ .port }}"]
+  timeoutSeconds: 10
+  periodSeconds: 10
+  {{- else }}
+  grpc: {port: {{ .port }}}
+  timeoutSeconds: 3
+  periodSeconds: 3
+  {{- end }}
+  failureThreshold: 2
+{{- end -}}
+
+{{/* host:port of stage N of this pod's pipeline: dict "root" $ "stage" N. */}}
+{{- define "miaotui.stageAddress" -}}
+{{- $set := printf "%s-stage-%d" (include "miaotui.name" .root) (int .stage) -}}
+{{- printf "%s-$(PIPELINE).%s.%s.svc:50060" $set $set .root.Release.Namespace -}}
+{{- end -}}
+
+{{/* Rules of NetworkPolicies. */}}
+{{- define "miaotui.egressCommon" }}
+    - ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}]
+    {{- with .Values.telemetry.otlpEndpoint }}
+    - ports: [{port: {{ regexReplaceAll "^.*:" . "" | int }}, protocol: TCP}]
+      {{- with $.Values.networkPolicy.otlpTo }}
+      to:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+    {{- end }}
+{{- end }}
+{{- define "miaotui.metricsFrom" -}}
+{{- if . }}{{ toYaml . }}{{ else }}- namespaceSelector: {}{{ end }}
+{{- end }}
