@@ -6,9 +6,10 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
@@ -95,6 +96,15 @@ class _Job:
         return left
 
 
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """What several passages say to one question, in the order of the requests."""
+
+    served: Served
+    answers: list[StoredAnswer]
+    cache: CacheStatus
+
+
 class Pipeline:
     """Answers questions; knows nothing of HTTP or gRPC servers."""
 
@@ -139,6 +149,61 @@ class Pipeline:
             self._metrics.answered(outcome, cache)
             self.in_flight -= 1
             self._metrics.in_flight(-1)
+
+    async def read_passages(
+        self, requests: Sequence[QaRequest], request_id: str, timeout: float, clock: Clock
+    ) -> Readings:
+        """Reads several passages for one question, all in one batch, within `timeout` seconds.
+
+        Passages that were read for the question before come from the answer cache. Raises
+        `GatewayError`; cancelling frees the work.
+        """
+        outcome, cache = "client-closed", "none"
+        self._enter()
+        try:
+            try:
+                async with asyncio.timeout(timeout):
+                    readings = await self._read_passages(requests, request_id, timeout, clock)
+            except TimeoutError:
+                raise GatewayError("timeout", f"No answer within {timeout:g} s.") from None
+            outcome, cache = "ok", readings.cache.value
+            return readings
+        except GatewayError as error:
+            outcome = error.kind.slug
+            raise
+        finally:
+            self._metrics.answered(outcome, cache)
+            self.in_flight -= 1
+            self._metrics.in_flight(-1)
+
+    async def _read_passages(
+        self, requests: Sequence[QaRequest], request_id: str, timeout: float, clock: Clock
+    ) -> Readings:
+        served = self._upstream.served or await self._upstream.verified()
+        deadline = asyncio.get_running_loop().time() + timeout
+        jobs = [_Job(request, request_id, deadline, served) for request in requests]
+        identity = f"{served.fingerprint} {served.tokenizer_fingerprint}"
+        keys = [self._answers.key(identity, request) for request in requests]
+        found: list[StoredAnswer | None] = [None] * len(jobs)
+        cached = not any(request.no_cache for request in requests)
+        if cached:
+            looks = (
+                self._answers.get(key, job.request) for key, job in zip(keys, jobs, strict=True)
+            )
+            found = await clock.timed("cache", asyncio.gather(*looks))
+        missing = [place for place, answer in enumerate(found) if answer is None]
+        if missing:
+            computed = await self._compute_all([jobs[place] for place in missing], clock)
+            for place, answer in zip(missing, computed, strict=True):
+                found[place] = answer
+                if cached and self._upstream.served == served:
+                    self._later(self._answers.put(keys[place], answer))
+        status = CacheStatus.MISS if missing else CacheStatus.HIT
+        return Readings(
+            served,
+            [answer for answer in found if answer is not None],
+            status if cached else CacheStatus.BYPASS,
+        )
 
     def _enter(self) -> None:
         if self.in_flight >= self._settings.max_concurrent_requests:
@@ -222,10 +287,30 @@ class Pipeline:
 
     async def _compute(self, job: _Job, clock: Clock) -> StoredAnswer:
         windows, passage = await self._encode(job, clock)
+        logits = await self._infer(job, windows.windows, clock)
+        return await clock.timed("read", self._read(windows, passage, logits, job.request))
+
+    async def _compute_all(self, jobs: Sequence[_Job], clock: Clock) -> list[StoredAnswer]:
+        """The same for several passages, in one batch."""
+        # They are tokenised side by side: the hop's time is that of all, not the sum.
+        encoding = asyncio.gather(*(self._encode(job, Clock()) for job in jobs))
+        encoded = await clock.timed("tokenizer", encoding)
+        every = [window for windows, _ in encoded for window in windows.windows]
+        logits = iter((await self._infer(jobs[0], every, clock)).logits)
+        answers = []
+        for job, (windows, passage) in zip(jobs, encoded, strict=True):
+            own = shard_pb.InferResponse(logits=islice(logits, len(windows.windows)))
+            reading = self._read(windows, passage, own, job.request)
+            answers.append(await clock.timed("read", reading))
+        return answers
+
+    async def _infer(
+        self, job: _Job, windows: Iterable[tokenizer_pb.Window], clock: Clock
+    ) -> shard_pb.InferResponse:
         infer = shard_pb.InferRequest(
             sequences=[
                 shard_pb.TokenSequence(input_ids=w.input_ids, token_type_ids=w.token_type_ids)
-                for w in windows.windows
+                for w in windows
             ],
         )
         started = time.perf_counter()
@@ -233,7 +318,7 @@ class Pipeline:
             job, "stage 0", "miaotui.v1.ShardService/Infer", self._upstream.infer, infer
         )
         _add_stages(clock, logits, time.perf_counter() - started)
-        return await clock.timed("read", self._read(windows, passage, logits, job.request))
+        return logits
 
     async def _encode(
         self, job: _Job, clock: Clock
