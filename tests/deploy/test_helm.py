@@ -16,8 +16,8 @@ from tests.deploy.compose import ROOT, read_yaml
 from tests.deploy.test_compose import OPEN_TELEMETRY, SETTINGS
 
 CHART = ROOT / "deploy" / "helm" / "miaotui"
-# The oldest that the chart takes is older than the oldest schema here.
-KUBERNETES = ("1.28", "1.32")
+# The oldest that the chart takes, and a newer one.
+KUBERNETES = ("1.28", "1.37")
 # Not of Kubernetes itself.
 CUSTOM = {"ServiceMonitor"}
 EVERYTHING: dict[str, Any] = {
@@ -87,7 +87,8 @@ def environment(pod: Manifest) -> dict[str, Any]:
 
 def matches(selector: dict[str, str], pod: Manifest) -> bool:
     """Whether a selector picks a pod."""
-    return selector.items() <= pod["metadata"]["labels"].items()
+    labels: dict[str, str] = pod["metadata"]["labels"]
+    return selector.items() <= labels.items()
 
 
 def test_lint() -> None:
@@ -281,7 +282,7 @@ def test_only_the_hops_that_exist_are_open(manifests: list[Manifest]) -> None:
     }
     if len(stages) > 1:
         ring = zip(stages, stages[1:] + stages[:1], strict=True)
-        hops |= dict.fromkeys(ring, {50060})
+        hops |= {hop: {50060} for hop in ring}
     open_hops = {
         (a, b): ports
         for a, source in templates.items()
@@ -294,9 +295,7 @@ def test_only_the_hops_that_exist_are_open(manifests: list[Manifest]) -> None:
 def test_secrets_are_only_in_secrets() -> None:
     manifests = render(EVERYTHING)
     secrets = of_kind(manifests, "Secret")
-    keys = {
-        (name, key) for name, s in secrets.items() for key in s.get("data", s.get("stringData"))
-    }
+    keys = {(n, key) for n, s in secrets.items() for key in s.get("data") or s["stringData"]}
     values = environment(pods(manifests)["demo-miaotui-gateway"])
     for name in ("REDIS_URL", "MIAOTUI_GATEWAY_CACHE_SECRET"):
         reference = values[name]["secretKeyRef"]
