@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Observation
 
+from miaotui.engine.decode.head import GenerationHead
 from miaotui.v1 import shard_pb2 as pb
 from services.shard.stage import Stage
 
@@ -35,6 +36,39 @@ def observe(stage: Stage) -> None:
             "{sequence}",
             "Sequences in the pipeline: computed, or on their way between stages",
             lambda: head.running_sequences,
+        )
+    if isinstance(head, GenerationHead):
+        scheduler = head.scheduler
+
+        def blocks(kind: str) -> int:
+            pool = scheduler.tables.pool
+            if pool is None:
+                return 0
+            return {"all": pool.blocks, "used": pool.used, "cached": pool.cached}[kind]
+
+        gauge(
+            "miaotui.kv.blocks",
+            "{block}",
+            "Blocks of the KV cache of the stage that has fewest",
+            lambda: blocks("all"),
+        )
+        gauge(
+            "miaotui.kv.blocks.used",
+            "{block}",
+            "KV blocks that texts hold",
+            lambda: blocks("used"),
+        )
+        gauge(
+            "miaotui.kv.blocks.cached",
+            "{block}",
+            "KV blocks that nobody holds, kept for prompts that begin alike",
+            lambda: blocks("cached"),
+        )
+        gauge(
+            "miaotui.kv.preemptions",
+            "{text}",
+            "Texts that gave up their KV blocks to others and were computed again, since start",
+            lambda: scheduler.preemptions,
         )
     gauge(
         "miaotui.stage.serving",

@@ -107,7 +107,7 @@ class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
         """Who this stage is and whether it serves."""
         stage, head = self._stage, self._stage.head
         status, reason = stage.status()
-        pool = head.scheduler.pool if isinstance(head, GenerationHead) else None
+        pool = head.scheduler.tables.pool if isinstance(head, GenerationHead) else None
         return pb.ShardServiceDescribeResponse(
             stage=stage.info,
             status=status,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +94,7 @@ class Written:
     usage: pb.GenerationUsage | None
 
 
-async def collect(responses: AsyncIterator[pb.GenerateResponse]) -> Written:
+async def collect(responses: AsyncIterable[pb.GenerateResponse]) -> Written:
     """All of a request with one text."""
     written = Written([], 0, None)
     async for response in responses:
