@@ -3,6 +3,8 @@
 with Client("http://127.0.0.1:8080") as client:
     answer = client.ask("When?", "It was in 1925.")
     print(answer.text, answer.start, answer.end)
+    for piece in client.chat([{"role": "user", "content": "Hello!"}]):
+        print(piece, end="")
 """
 
 from __future__ import annotations
@@ -15,19 +17,25 @@ from typing import Any, Self
 
 import httpx
 
+from miaotui.streaming import AsyncTextStream, MiaotuiError, TextStream, read_error
+
+__all__ = [
+    "Answer",
+    "AsyncClient",
+    "AsyncTextStream",
+    "Candidate",
+    "Citation",
+    "Client",
+    "MiaotuiError",
+    "Question",
+    "TextStream",
+]
+
 DEFAULT_URL = "http://127.0.0.1:8080"
 DEFAULT_TIMEOUT_SECONDS = 10.0
+DEFAULT_WRITING_SECONDS = 120.0
 # What the network may take beside the time that the gateway has.
 _NETWORK_SECONDS = 5.0
-
-
-class MiaotuiError(Exception):
-    """No answer. `status`: HTTP status, 0 where no gateway was reached."""
-
-    def __init__(self, message: str, status: int = 0, problem: Mapping[str, Any] | None = None):
-        super().__init__(message)
-        self.status = status
-        self.problem = dict(problem or {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +50,20 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Citation:
+    """What a written answer rests on; offsets as a candidate's."""
+
+    start: int
+    end: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """The answer to one question; `timings` in milliseconds by hop."""
+    """The answer to one question; `timings` in milliseconds by hop.
+
+    `sentence` and `citations` are there in generative mode, `candidates` in extractive mode.
+    """
 
     answerable: bool
     candidates: tuple[Candidate, ...]
@@ -54,6 +74,8 @@ class Answer:
     timings: Mapping[str, float]
     trace_id: str
     request_id: str
+    sentence: str = ""
+    citations: tuple[Citation, ...] = ()
 
     @property
     def best(self) -> Candidate | None:
@@ -62,8 +84,10 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """The best candidate's text; empty where there is no answer."""
-        return self.best.text if self.best else ""
+        """The best candidate's text, or the sentence; empty where there is no answer."""
+        if self.best is not None:
+            return self.best.text
+        return self.sentence if self.answerable else ""
 
     @property
     def start(self) -> int | None:
@@ -83,15 +107,17 @@ class Question:
     question: str
     context: str
     top_k: int = 1
-    max_answer_length: int = 30
+    max_answer_length: int | None = None
     no_answer_threshold: float | None = None
     normalization: str = "nfc"
     strip_markup: bool = False
     no_cache: bool = False
+    mode: str = "extractive"
 
     def body(self) -> dict[str, Any]:
         """The JSON object of this question."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        fields = ((name, getattr(self, name)) for name in self.__slots__)
+        return {name: value for name, value in fields if value is not None}
 
 
 class _Requests:
@@ -110,6 +136,15 @@ class _Requests:
             "headers": {"X-Request-Timeout": f"{self._timeout:g}"},
         }
 
+    @staticmethod
+    def _writing(body: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """The arguments of a request for streamed text."""
+        return {
+            "json": {**body, "stream": True, "stream_options": {"include_usage": True}},
+            "headers": {"X-Request-Timeout": f"{seconds:g}"},
+            "timeout": seconds + _NETWORK_SECONDS,
+        }
+
     def _unreachable(self, error: Exception) -> MiaotuiError:
         return MiaotuiError(f"cannot reach a gateway at {self._url} ({type(error).__name__})")
 
@@ -125,6 +160,8 @@ def _answer(body: Mapping[str, Any]) -> Answer:
         timings={hop["hop"]: hop["milliseconds"] for hop in body["timings"]},
         trace_id=body["trace_id"],
         request_id=body["request_id"],
+        sentence=body.get("answer") or "",
+        citations=tuple(Citation(**citation) for citation in body.get("citations", ())),
     )
 
 
@@ -145,6 +182,13 @@ def _read(response: httpx.Response) -> Any:
     if response.status_code != 200:
         raise _problem(body if isinstance(body, dict) else {}, response.status_code)
     return body
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return None
 
 
 def _line(line: str) -> tuple[int, Answer | MiaotuiError]:
@@ -184,6 +228,43 @@ class Client(_Requests):
                     yield _line(line)
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
+
+    def write(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float = DEFAULT_WRITING_SECONDS,
+        **options: Any,
+    ) -> TextStream:
+        """Continues a prompt, a text or token ids; yields pieces as they are written.
+
+        `timeout` in seconds, of the whole text; `options` as of /v1/completions. Raises
+        `MiaotuiError`, as does reading the stream.
+        """
+        body = {"prompt": prompt, "max_tokens": None, **options}
+        return self._stream("/v1/completions", body, timeout)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        timeout: float = DEFAULT_WRITING_SECONDS,
+        **options: Any,
+    ) -> TextStream:
+        """Writes a chat's next message; else as `write`, with options of /v1/chat/completions."""
+        body = {"messages": [dict(message) for message in messages], **options}
+        return self._stream("/v1/chat/completions", body, timeout)
+
+    def _stream(self, path: str, body: dict[str, Any], seconds: float) -> TextStream:
+        request = self._http.build_request("POST", path, **self._writing(body, seconds))
+        try:
+            response = self._http.send(request, stream=True)
+            if response.status_code != 200:
+                response.read()
+                raise read_error(_json(response), response.status_code)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        return TextStream(response)
 
     def models(self) -> list[dict[str, Any]]:
         """The models served. Raises `MiaotuiError`."""
@@ -239,6 +320,43 @@ class AsyncClient(_Requests):
                     yield _line(line)
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
+
+    async def write(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        timeout: float = DEFAULT_WRITING_SECONDS,
+        **options: Any,
+    ) -> AsyncTextStream:
+        """Continues a prompt, a text or token ids; yields pieces as they are written.
+
+        `timeout` in seconds, of the whole text; `options` as of /v1/completions. Raises
+        `MiaotuiError`, as does reading the stream.
+        """
+        body = {"prompt": prompt, "max_tokens": None, **options}
+        return await self._stream("/v1/completions", body, timeout)
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        timeout: float = DEFAULT_WRITING_SECONDS,
+        **options: Any,
+    ) -> AsyncTextStream:
+        """Writes a chat's next message; else as `write`, with options of /v1/chat/completions."""
+        body = {"messages": [dict(message) for message in messages], **options}
+        return await self._stream("/v1/chat/completions", body, timeout)
+
+    async def _stream(self, path: str, body: dict[str, Any], seconds: float) -> AsyncTextStream:
+        request = self._http.build_request("POST", path, **self._writing(body, seconds))
+        try:
+            response = await self._http.send(request, stream=True)
+            if response.status_code != 200:
+                await response.aread()
+                raise read_error(_json(response), response.status_code)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        return AsyncTextStream(response)
 
     async def models(self) -> list[dict[str, Any]]:
         """The models served. Raises `MiaotuiError`."""

@@ -387,10 +387,12 @@ def _check_length(prompt: int, max_tokens: int, longest: int) -> None:
 def _generate_request(
     request: GenerationRequest, ids: bytes, writing: Writing
 ) -> shard_pb.GenerateRequest:
-    # A seed of 53 bits passes through every JSON reader.
+    sampling = request.sampling.resolved(dict(writing.defaults), secrets.randbits(63))
+    if sampling.temperature == 0:
+        sampling.seed = 0  # nothing is drawn: equal requests are equal whatever their seeds
     return shard_pb.GenerateRequest(
         input_ids=ids,
-        sampling=request.sampling.resolved(dict(writing.defaults), secrets.randbits(53)),
+        sampling=sampling,
         max_tokens=request.max_tokens,
         stop_token_ids=() if request.ignore_end else writing.stop_token_ids,
         n=request.n,
