@@ -22,7 +22,8 @@ RANK_CONSTANT = 60
 class Ranked:
     """A passage found: its fused score, and for each retriever rank (from 1) and score.
 
-    `None` where the retriever did not find it among its best.
+    `None` where the retriever did not find it among its best. `coverage`: the lexical score as
+    a share of what it could be, 0 to 1: how much of what the question asks about is there.
     """
 
     passage: int
@@ -31,6 +32,7 @@ class Ranked:
     lexical_score: float | None = None
     dense_rank: int | None = None
     dense_score: float | None = None
+    coverage: float = 0.0
 
 
 _Places = dict[int, tuple[int, float]]
@@ -49,7 +51,7 @@ def fuse(lexical: Hits, dense: Hits, *, dense_weight: float, limit: int) -> list
         first = places[0].get(passage, (0, worst[0]))[1] / best
         return first + dense_weight * places[1].get(passage, (0, worst[1]))[1]
 
-    return _ranked(places, score, limit)
+    return _ranked(places, score, lexical.ceiling, limit)
 
 
 def fuse_ranks(lexical: Hits, dense: Hits, *, dense_weight: float, limit: int) -> list[Ranked]:
@@ -63,17 +65,26 @@ def fuse_ranks(lexical: Hits, dense: Hits, *, dense_weight: float, limit: int) -
             if passage in place
         )
 
-    return _ranked(places, score, limit)
+    return _ranked(places, score, lexical.ceiling, limit)
 
 
 def _ranked(
-    places: tuple[_Places, _Places], score: Callable[[int], float], limit: int
+    places: tuple[_Places, _Places],
+    score: Callable[[int], float],
+    ceiling: float,
+    limit: int,
 ) -> list[Ranked]:
     scored = [(score(passage), passage) for passage in {**places[0], **places[1]}]
     scored.sort(key=lambda pair: (-pair[0], pair[1]))
     nothing = (None, None)
     return [
-        Ranked(passage, value, *places[0].get(passage, nothing), *places[1].get(passage, nothing))
+        Ranked(
+            passage,
+            value,
+            *places[0].get(passage, nothing),
+            *places[1].get(passage, nothing),
+            coverage=places[0].get(passage, (0, 0.0))[1] / (ceiling or 1.0),
+        )
         for value, passage in scored[:limit]
     ]
 

@@ -8,7 +8,7 @@ a few array operations a term however common the term is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +29,14 @@ _SMALL_SEGMENT = 256
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """Passages, best first: `ids` int64 [n] and `scores` float32 [n]."""
+    """Passages, best first: `ids` int64 [n] and `scores` float32 [n].
+
+    `ceiling`: what a score stays below whatever the passage, where there is such a bound.
+    """
 
     ids: IdArray
     scores: ScoreArray
+    ceiling: float = 1.0
 
 
 NO_HITS = Hits(np.empty(0, np.int64), np.empty(0, np.float32))
@@ -154,17 +158,18 @@ class LexicalIndex:
         average = self._length_sum / size or 1.0
         scores = [np.zeros(len(segment.ids), np.float32) for segment in segments]
         norms = [K1 * (1 - B + B / average * segment.lengths) for segment in segments]
+        ceiling = 0.0
         for term in query.hashes.tolist():
             found = [segment.postings(term) for segment in segments]
             df = sum(len(places) for places, _ in found)
             idf = np.float32(np.log1p((size - df + 0.5) / (df + 0.5)))
+            ceiling += float(idf)
             for (places, counts), score, norm in zip(found, scores, norms, strict=True):
                 if len(places):
                     tf = counts.astype(np.float32)
                     score[places] += idf * (tf / (tf + norm[places]))
-        return best(
-            np.concatenate([segment.ids for segment in segments]), np.concatenate(scores), limit
-        )
+        ids = np.concatenate([segment.ids for segment in segments])
+        return replace(best(ids, np.concatenate(scores), limit), ceiling=ceiling)
 
 
 def best(ids: IdArray, scores: ScoreArray, limit: int) -> Hits:
