@@ -73,6 +73,7 @@ class PromptTokenizer:
         self.vocab_size: int = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
         self.context_length = _context_length(config, model_dir)
         self.has_chat_template = bool(tokenizer.chat_template)
+        self._knows_developer = "developer" in json.dumps(tokenizer.chat_template or "")
         self.stop_token_ids = _stop_ids(tokenizer, config, generation)
         self.sampling: dict[str, float] = {
             name: generation[name]
@@ -117,10 +118,16 @@ class PromptTokenizer:
             )
         from jinja2.exceptions import TemplateError
 
+        messages = self._guarded(chat.messages, options)
+        if not self._knows_developer:
+            # OpenAI's newer name of the role; templates that do not know it drop or refuse it.
+            for message in messages:
+                if message.get("role") == "developer":
+                    message["role"] = "system"
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    self._guarded(chat.messages, options),
+                    messages,
                     tools=self._guarded(chat.tools, None) or None,
                     tokenize=False,
                     add_generation_prompt=not chat.continue_last,

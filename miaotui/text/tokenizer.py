@@ -78,6 +78,7 @@ class TextTokenizer:
         self.token_types = token_types
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.longest, self.max_length, self.stride = _lengths(config, model_dir)
+        self.no_answer_thresholds = _no_answer_thresholds(config)
         # Unigram vocabularies hold special tokens as pieces, which the switch above misses.
         self._unknown_id = -1 if unknown_id is None else unknown_id
         self._forged = np.zeros(self.vocab_size, np.bool_)
@@ -264,6 +265,15 @@ def _lengths(config: dict[str, Any], where: Path) -> tuple[int, int, int]:
     stride = own.get("stride", min(DEFAULT_STRIDE, max_length - 1))
     _check_length("stride", stride, 0, max_length - 1, where)
     return longest, max_length, stride
+
+
+def _no_answer_thresholds(config: dict[str, Any]) -> dict[str, float]:
+    """By language, most that "no answer" may be above the best span, as training has left it."""
+    own = config.get("miaotui") or {}
+    return {
+        str(language): float(fitted["threshold"])
+        for language, fitted in (own.get("no_answer_by_language") or {}).items()
+    }
 
 
 def _check_length(name: str, value: object, least: int, most: int, where: Path) -> None:

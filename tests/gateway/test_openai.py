@@ -242,6 +242,7 @@ async def test_logprobs(client: AsyncOpenAI, fakes: Fakes) -> None:
     ]
     # However the steps fall into chunks, a chunk's tokens are those of its text.
     for text, tokens in told:
+        assert tokens is not None
         assert b"".join(spelt(token) for token in tokens) == text.encode()
     assert "".join(text for text, _ in told) == "a北b"
 
