@@ -52,6 +52,7 @@ class Served:
     """The model that tokenizer and shards agree on.
 
     `max_length` in tokens: the longest window; a decoder's prompt and text together.
+    `no_answer_thresholds`: by language, where the model was calibrated.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Served:
     layers: int
     max_length: int
     writing: Writing | None = None
+    no_answer_thresholds: tuple[tuple[str, float], ...] = ()
 
 
 class Pair:
@@ -263,6 +265,7 @@ def _agreed(
         layers=stage.model_layers,
         max_length=min(lengths, default=0),
         writing=_writing(tokenizer, stage) if decoder else None,
+        no_answer_thresholds=tuple(sorted(tokenizer.no_answer_thresholds.items())),
     ), ""
 
 

@@ -76,17 +76,15 @@ def _ranked(
 ) -> list[Ranked]:
     scored = [(score(passage), passage) for passage in {**places[0], **places[1]}]
     scored.sort(key=lambda pair: (-pair[0], pair[1]))
-    nothing = (None, None)
-    return [
-        Ranked(
-            passage,
-            value,
-            *places[0].get(passage, nothing),
-            *places[1].get(passage, nothing),
-            coverage=places[0].get(passage, (0, 0.0))[1] / (ceiling or 1.0),
+    found = []
+    for value, passage in scored[:limit]:
+        lexical_rank, lexical_score = places[0].get(passage, (None, None))
+        dense_rank, dense_score = places[1].get(passage, (None, None))
+        coverage = (lexical_score or 0.0) / (ceiling or 1.0)
+        found.append(
+            Ranked(passage, value, lexical_rank, lexical_score, dense_rank, dense_score, coverage)
         )
-        for value, passage in scored[:limit]
-    ]
+    return found
 
 
 def _places(hits: Hits) -> _Places:

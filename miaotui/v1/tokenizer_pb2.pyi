@@ -176,6 +176,26 @@ class TokenizerServiceDescribeResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class NoAnswerThresholdsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
@@ -186,6 +206,7 @@ class TokenizerServiceDescribeResponse(_message.Message):
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    NO_ANSWER_THRESHOLDS_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     """Fingerprint of the model directory, equal to the one that the shards report."""
     tokenizer_fingerprint: _builtins.str
@@ -210,6 +231,12 @@ class TokenizerServiceDescribeResponse(_message.Message):
     def sampling(self) -> Global___SamplingDefaults:
         """Decoders: what the model's generation_config.json says of sampling."""
 
+    @_builtins.property
+    def no_answer_thresholds(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Extractive: by language ("en", "zh"), most that the logit of "no answer" may be above the
+        best span's where there is an answer, as training has calibrated it; empty: it has not.
+        """
+
     def __init__(
         self,
         *,
@@ -223,10 +250,11 @@ class TokenizerServiceDescribeResponse(_message.Message):
         has_chat_template: _builtins.bool = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: Global___SamplingDefaults | None = ...,
+        no_answer_thresholds: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "has_chat_template", b"has_chat_template", "kind", b"kind", "max_length", b"max_length", "model_fingerprint", b"model_fingerprint", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "stride", b"stride", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "has_chat_template", b"has_chat_template", "kind", b"kind", "max_length", b"max_length", "model_fingerprint", b"model_fingerprint", "no_answer_thresholds", b"no_answer_thresholds", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "stride", b"stride", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -82,6 +82,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             self._description.kind = shard_pb.MODEL_KIND_EXTRACTIVE
             self._description.max_length = tokenizer.max_length
             self._description.stride = tokenizer.stride
+            self._description.no_answer_thresholds.update(tokenizer.no_answer_thresholds)
         else:
             self._description.kind = shard_pb.MODEL_KIND_GENERATIVE
             self._description.context_length = tokenizer.context_length
