@@ -48,11 +48,6 @@ class GatewayMetrics:
             unit="s",
             description="From the call at the shards to the first text",
         )
-        self._next_text = meter.create_histogram(
-            "miaotui.gateway.generation.next_text",
-            unit="s",
-            description="From a piece of a text to the next: a token, or those guessed ahead",
-        )
         self._generated_tokens = meter.create_counter(
             "miaotui.gateway.generation.tokens",
             description="Tokens of finished texts by kind: prompt, cached, written, accepted",
@@ -69,10 +64,6 @@ class GatewayMetrics:
     def first_text(self, seconds: float) -> None:
         """Records how long the first text took."""
         self._first_text.record(seconds)
-
-    def next_text(self, seconds: float) -> None:
-        """Records how long a further piece of a text took."""
-        self._next_text.record(seconds)
 
     def tokens(self, usage: Usage) -> None:
         """Counts the tokens of a generation that has ended."""

@@ -269,7 +269,7 @@ class Generator:
         name = "miaotui.v1.ShardService/Generate"
         # Not the current span: a generator's code runs in its caller's context.
         span = _tracer.start_span(name, kind=SpanKind.CLIENT)
-        last = time.perf_counter()
+        started = time.perf_counter()
         first = True
         metadata = tuple(inject_context(trace.set_span_in_context(span)).items())
         generating = self.pair.generate(job.generate, timeout=job.time_left(), metadata=metadata)
@@ -280,10 +280,9 @@ class Generator:
                     usage.cached_tokens = response.usage.cached_tokens
                     usage.drafted_tokens = response.usage.drafted_tokens
                     usage.accepted_tokens = response.usage.accepted_tokens
-                if news.texts:
-                    now = time.perf_counter()
-                    (self._metrics.first_text if first else self._metrics.next_text)(now - last)
-                    first, last = False, now
+                if first and news.texts:
+                    first = False
+                    self._metrics.first_text(time.perf_counter() - started)
                 if all(text.done for text in texts) and (
                     response.HasField("usage") or _cut_short(texts)
                 ):
