@@ -135,7 +135,7 @@ class GenerationHead:
         if deadline <= now:
             raise DeadlineError("the deadline has passed already")
         settings = self.settings
-        capacity = self.scheduler.capacity
+        capacity = self.scheduler.tables.capacity
         check_request(
             request,
             vocabulary=settings.vocabulary,
@@ -211,8 +211,8 @@ class GenerationHead:
 
     def pipeline_up(self, blocks: int, block_tokens: int) -> None:
         """All stages are there and fit together; each has at least so many KV blocks."""
-        pool = self.scheduler.pool
-        if pool is None or (blocks, block_tokens) != (pool.blocks, self.scheduler.block_tokens):
+        tables = self.scheduler.tables
+        if (blocks, block_tokens) != (tables.blocks, tables.block_tokens):
             self.pipeline_down("the KV cache has another size now")
             self.scheduler.configure(blocks, block_tokens)
             self._refit()
@@ -284,7 +284,7 @@ class GenerationHead:
             plan = scheduler.plan(in_flight=len(self._flights), decoding=self._decoding)
             if plan is None:
                 return
-            batch, input_ids = load(next(self._batch_ids), plan, scheduler.block_tokens)
+            batch, input_ids = load(next(self._batch_ids), plan, scheduler.tables.block_tokens)
             batch.released, scheduler.released = scheduler.released, []
             self._flights[batch.batch_id] = plan
             self._decoding += plan.decodes
@@ -351,17 +351,21 @@ class GenerationHead:
             self._finish(work, text)
 
     def _failed(self, live: list[Slice], problem: str) -> None:
-        """A batch was not computed: its requests fail, and what else runs starts again."""
-        for item in live:
-            self._fail(_request(item.text), ComputeError(problem))
-        if live:
-            # What the KV cache holds is in doubt now.
-            replay = self.scheduler.reset()
-            log.warning("%d texts will be computed again: %s", len(replay), problem)
+        """A batch was not computed: whose fault it was shows when its texts run alone."""
+        if not live:
+            return
+        suspects = [item.text for item in live]
+        for text in suspects:
+            text.attempts += 1
+            if len(suspects) == 1 or text.attempts >= self.settings.max_attempts:
+                self._fail(_request(text), ComputeError(problem))
+        # What the KV cache holds is in doubt now.
+        replay = self.scheduler.reset(text for text in suspects if text.state is not State.DONE)
+        log.warning("%d texts will be computed again: %s", len(replay), problem)
 
     def _refit(self) -> None:
         """Bounds all texts by the KV cache's size, and ends what no longer fits."""
-        context, capacity = self.settings.context, self.scheduler.capacity
+        context, capacity = self.settings.context, self.scheduler.tables.capacity
         for work in list(self._requests.values()):
             try:
                 check_fits(len(work.request.prompt), context=context, capacity=capacity)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from miaotui.engine.decode.blocks import BlockHasher, BlockPool
 from miaotui.engine.decode.sequence import NO_TOKENS, State, Text
 from miaotui.engine.decode.settings import GenerationSettings
+from miaotui.engine.decode.tables import BlockTables
 from miaotui.engine.decode.types import TokenIds
 from miaotui.engine.decode.waiting import WaitingTexts, by_order
 
@@ -55,7 +56,7 @@ class Plan:
 
 
 class DecodeScheduler:
-    """The texts that wait and run, and their KV blocks. The event loop owns it.
+    """The texts that wait and run. The event loop owns it.
 
     Relies on every stage to compute batches in the order planned: blocks are given to others
     as soon as their text leaves, whatever of it is still on its way.
@@ -66,20 +67,15 @@ class DecodeScheduler:
         self.waiting = WaitingTexts(
             max_texts=settings.queue_sequences, max_tokens=settings.queue_tokens
         )
-        self.pool: BlockPool | None = None
-        self.block_tokens = 0
+        self.tables = BlockTables(sharing=settings.prefix_cache)
         self.released: list[int] = []
         """Ids of sequences that have ended and that no batch has reported yet."""
         self.preemptions = 0
-        self.shared_tokens = 0
-        """Tokens that were not computed because their blocks were there already."""
         self._ids = itertools.count(1)
-        self._hasher = BlockHasher()
         self._running: set[Text] = set()
         self._prefill: list[Text] = []
         self._ready: OrderedDict[Text, None] = OrderedDict()
-        self._pending: dict[bytes, Text] = {}
-        """Blocks that are being computed and will then be published, and by whom."""
+        self._trials: deque[Text] = deque()
 
     @property
     def running(self) -> int:
@@ -89,32 +85,14 @@ class DecodeScheduler:
     @property
     def idle(self) -> bool:
         """Whether nothing waits, runs or holds a KV block."""
-        return not (
-            self.waiting
-            or self._running
-            or self._prefill
-            or self._ready
-            or self._pending
-            or (self.pool is not None and self.pool.used)
-        )
-
-    @property
-    def capacity(self) -> int | None:
-        """Tokens that the KV cache holds; None while its size is not known."""
-        return None if self.pool is None else self.pool.blocks * self.block_tokens
+        left = self.waiting or self._running or self._prefill or self._ready
+        return not left and self.tables.idle
 
     # -- coming and going ------------------------------------------------------------------
 
     def configure(self, blocks: int, block_tokens: int) -> None:
         """Says how large the KV cache is; nothing may run."""
-        if block_tokens < 1:
-            raise ValueError(f"KV blocks of {block_tokens} tokens hold nothing")
-        if self.pool is not None and block_tokens != self.block_tokens:
-            for text in self.waiting:
-                text.digests = []
-                text.work.prompt_digests = []
-        self.pool = BlockPool(blocks)
-        self.block_tokens = block_tokens
+        self.tables.configure(blocks, block_tokens, self.waiting)
 
     def add(self, texts: list[Text]) -> None:
         """Queues all of a request's texts, or none: then `QueueFullError`."""
@@ -130,13 +108,17 @@ class DecodeScheduler:
         elif text.state is not State.DONE:
             self._leave(text, State.DONE)
 
-    def reset(self) -> list[Text]:
-        """Puts all that runs back in the queue, and forgets what the KV cache holds."""
+    def reset(self, suspects: Iterable[Text] = ()) -> list[Text]:
+        """Puts all that runs back in the queue, and forgets what the KV cache holds.
+
+        Each of the `suspects` is then computed alone, until it has written a token, before
+        anything else goes on.
+        """
         texts = sorted(self._running, key=by_order)
         for text in texts:
             self._requeue(text)
-        if self.pool is not None:
-            self.pool.clear()
+        self.tables.clear()
+        self._trials.extend(suspects)
         return texts
 
     def advance(self, item: Slice, written: TokenIds, accepted: int) -> None:
@@ -154,7 +136,7 @@ class DecodeScheduler:
             text.sent = text.computed
             text.state = State.READY
             self._ready[text] = None
-        self._publish(text)
+        self.waiting.wake(self.tables.publish(text))
 
     # -- planning ----------------------------------------------------------------------------
 
@@ -164,8 +146,13 @@ class DecodeScheduler:
         `in_flight`: batches in the pipeline; `decoding`: those of them with `Plan.decodes`.
         """
         settings = self.settings
-        if self.pool is None or in_flight >= settings.max_in_flight:
+        if self.tables.pool is None or in_flight >= settings.max_in_flight:
             return None
+        while self._trials:
+            text = self._trials[0]
+            if text.state in (State.WAITING, State.PREFILL, State.FLYING):
+                return None if in_flight else self._try(text)
+            self._trials.popleft()
         while True:
             slices: list[Slice] = []
             preemptions = self.preemptions
@@ -183,6 +170,17 @@ class DecodeScheduler:
             if preemptions == self.preemptions:
                 return None
             # All that were ready gave way to others, which are not: now it is anyone's turn.
+
+    def _try(self, text: Text) -> Plan:
+        """A batch with a suspect alone; its next token has not come back yet."""
+        if text.state is State.WAITING:
+            shared, _ = self.tables.find(text)
+            while not self._place(text, shared, spare=0):
+                self._preempt()
+                shared, _ = self.tables.find(text)
+        slices: list[Slice] = []
+        self._chunk(slices, text, self.settings.batch_tokens, 0)
+        return Plan(slices, decodes=False)
 
     def _decode(self) -> list[Slice]:
         """The next tokens of a share of the texts that are ready."""
@@ -209,39 +207,31 @@ class DecodeScheduler:
         drafts = [text.draft() for text in texts]
         hopeful = sum(len(draft) > 0 for draft in drafts)
         for index, (text, draft) in enumerate(zip(texts, drafts, strict=True)):
-            if len(draft):
-                share = min(-(-spare // hopeful), self._stretch(text, len(draft)))
-                hopeful -= 1
-                drafts[index] = draft[:share]
-                spare -= len(drafts[index])
-        return drafts
-
-    def _stretch(self, text: Text, draft: int) -> int:
-        """Sees that there are blocks for a draft; returns for how much of it."""
-        assert self.pool is not None
-        missing = -(-(text.length + draft) // self.block_tokens) - text.table.size
-        if missing > 0:
+            if not len(draft):
+                continue
+            share = min(-(-spare // hopeful), len(draft))
+            hopeful -= 1
             # Nobody is to give way for a mere guess.
-            if missing + len(self._running) > self.pool.available:
-                return text.table.size * self.block_tokens - text.length
-            text.table.extend(self.pool.take(missing))
-        return draft
+            if not self.tables.grow(text, text.length + share, spare=len(self._running)):
+                share = min(share, text.table.size * self.tables.block_tokens - text.length)
+            drafts[index] = draft[:share]
+            spare -= share
+        return drafts
 
     def _grow(self, text: Text) -> bool:
         """Sees that there is a block for a text's newest token; False: it gave way itself."""
-        assert self.pool is not None
-        if text.table.size * self.block_tokens >= text.length:
-            return True
-        while not self.pool.available:
-            # The latest has the least to lose, and so the earliest always gets on.
-            victim = max(self._running, key=by_order)
-            victim.work.usage.preemptions += 1
-            self.preemptions += 1
-            self._requeue(victim)
-            if victim is text:
+        while not self.tables.grow(text, text.length):
+            if self._preempt() is text:
                 return False
-        text.table.extend(self.pool.take(1))
         return True
+
+    def _preempt(self) -> Text:
+        """Makes room: the latest has the least to lose, and so the earliest always gets on."""
+        victim = max(self._running, key=by_order)
+        victim.work.usage.preemptions += 1
+        self.preemptions += 1
+        self._requeue(victim)
+        return victim
 
     def _fill(self, slices: list[Slice], *, admit: bool) -> None:
         """Adds parts of prompts, the earliest first."""
@@ -282,73 +272,26 @@ class DecodeScheduler:
             text.state = State.FLYING
         return length
 
-    # -- KV blocks ---------------------------------------------------------------------------
-
     def _admit(self) -> Text | None:
-        """Gives the next text that waits the blocks for all its tokens, if there is room."""
-        pool, waiting = self.pool, self.waiting
-        assert pool is not None
-        while (text := waiting.first) is not None:
-            shared = self._shared(text)
-            if shared is None:
+        """Lets the next text that waits in, if there is room."""
+        while (text := self.waiting.first) is not None:
+            shared, worth = self.tables.find(text)
+            if worth is not None:
+                self.waiting.hold(text, worth)
                 continue
-            fresh = -(-text.length // self.block_tokens) - len(shared)
             # Room for each running text to grow, so that nobody soon has to give way.
-            spare = max(len(self._running), pool.blocks // 100) if self._running else 0
-            if fresh + pool.idle(shared) + spare > pool.available:
-                return None
-            waiting.remove(text)
-            pool.share(shared)
-            text.table.extend(shared)
-            text.table.extend(pool.take(fresh))
-            text.published = len(shared)
-            text.sent = text.computed = len(shared) * self.block_tokens
-            text.state = State.PREFILL
-            self._running.add(text)
-            bisect.insort(self._prefill, text, key=by_order)
-            for digest in text.digests[len(shared) :]:
-                self._pending.setdefault(digest, text)
-            self.shared_tokens += text.sent
-            return text
+            spare = max(self.running, self.tables.blocks // 100) if self._running else 0
+            return text if self._place(text, shared, spare) else None
         return None
 
-    def _shared(self, text: Text) -> list[int] | None:
-        """The blocks a text need not compute; None: it is held back, for they soon are more."""
-        if not self.settings.prefix_cache:
-            return []
-        assert self.pool is not None
-        text.extend_digests(self._hasher, self.block_tokens)
-        # Its last token is always computed, for the sake of the next.
-        usable = (text.length - 1) // self.block_tokens
-        shared = self.pool.find(text.digests, usable)
-        upcoming = text.digests[len(shared) : usable]
-        owner = self._pending.get(upcoming[0]) if upcoming else None
-        if owner is None:
-            return shared
-        last = upcoming[0]
-        for digest in upcoming:
-            if self._pending.get(digest) is not owner:
-                break
-            last = digest
-        self.waiting.hold(text, last)
-        return None
-
-    def _publish(self, text: Text) -> None:
-        full = text.computed // self.block_tokens
-        if full <= text.published or not self.settings.prefix_cache:
-            return
-        assert self.pool is not None
-        text.extend_digests(self._hasher, self.block_tokens)
-        blocks = text.table.view(text.published, full).tolist()
-        for block, digest in zip(blocks, text.digests[text.published : full], strict=True):
-            self.pool.publish(block, digest)
-            self._settle(text, digest)
-        text.published = full
-
-    def _settle(self, text: Text, digest: bytes) -> None:
-        if self._pending.get(digest) is text:
-            del self._pending[digest]
-            self.waiting.wake(digest)
+    def _place(self, text: Text, shared: list[int], spare: int) -> bool:
+        if not self.tables.place(text, shared, spare):
+            return False
+        self.waiting.remove(text)
+        text.state = State.PREFILL
+        self._running.add(text)
+        bisect.insort(self._prefill, text, key=by_order)
+        return True
 
     def _requeue(self, text: Text) -> None:
         self._leave(text, State.WAITING)
@@ -356,14 +299,11 @@ class DecodeScheduler:
 
     def _leave(self, text: Text, state: State) -> None:
         """Takes a running text's blocks away."""
-        assert self.pool is not None
         if text.state is State.PREFILL:
             self._prefill.remove(text)
         self._ready.pop(text, None)
         self._running.remove(text)
         if text.sequence_id:
             self.released.append(text.sequence_id)
-        for digest in text.digests[text.published :]:
-            self._settle(text, digest)
-        self.pool.give_back(text.table.view(0, text.table.size).tolist())
+        self.waiting.wake(self.tables.vacate(text))
         text.stop(state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from miaotui.engine.decode.sequence import Text
 from miaotui.engine.scheduler import QueueFullError
@@ -78,11 +78,14 @@ class WaitingTexts:
         self._holding.setdefault(digest, []).append(text)
         self.held_tokens += text.length
 
-    def wake(self, digest: bytes) -> None:
-        """The block is there, or never will be."""
-        for text in self._holding.pop(digest, ()):
-            self._let_go(text)
-            bisect.insort(self._queue, text, key=by_order)
+    def wake(self, digests: Iterable[bytes]) -> None:
+        """These blocks are there now, or never will be."""
+        if not self._held:
+            return
+        for digest in digests:
+            for text in self._holding.pop(digest, ()):
+                self._let_go(text)
+                bisect.insort(self._queue, text, key=by_order)
 
     def _let_go(self, text: Text) -> None:
         del self._held[text]

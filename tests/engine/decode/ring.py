@@ -246,7 +246,7 @@ class Ring:
                 raise
         if last:
             batch.hidden = None
-            for sequence_id in batch.released:
+            for sequence_id in () if batch.dropped else batch.released:
                 assert sequence_id not in self.ended, "released twice"
                 self.ended.add(sequence_id)
                 self._samplers.pop(sequence_id, None)

@@ -19,7 +19,7 @@ async def _finish(*listeners: Listener) -> None:
 def _check(ring: Ring) -> None:
     """Nothing is left behind."""
     assert not ring.problems
-    pool = ring.head.scheduler.pool
+    pool = ring.head.scheduler.tables.pool
     assert pool is not None
     assert pool.used == 0
     assert ring.head.open_requests == ring.head.running_sequences == ring.head.queued == 0

@@ -197,7 +197,7 @@ async def _live(scenario: _Scenario) -> None:
         if isinstance(listener.error, ComputeError):
             assert failed
         elif isinstance(listener.error, PipelineUnavailableError):
-            assert len(broken) >= scenario.settings.max_attempts
+            assert len(broken) + len(failed) >= scenario.settings.max_attempts
         else:
             assert listener.error is None
         complete = listener.error is None and not listener.cancelled
@@ -216,8 +216,8 @@ async def _live(scenario: _Scenario) -> None:
             event("shared" if usage.cached_tokens else "not shared")
             event("drafts right" if usage.accepted_tokens else "no drafts right")
     scheduler = ring.head.scheduler
-    assert scheduler.pool is not None
-    assert scheduler.pool.used == 0
+    assert scheduler.tables.pool is not None
+    assert scheduler.tables.pool.used == 0
     assert ring.head.open_requests == ring.head.running_sequences == ring.head.queued == 0
     assert scheduler.idle
     ring.close()
