@@ -34,7 +34,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help install run test lint format protos train bench clean FORCE
+.PHONY: help install run test lint format protos train bench certs clean FORCE
 
 help: ## Show this list.
 	@echo "Miaotui (秒推): question answering by a model split over several processes."
@@ -86,6 +86,13 @@ train: $(STAMP) ## Train the bundled model anew (hours) on DATA=…, a folder of
 
 bench: $(STAMP) ## Measure overhead and throughput on this machine.
 	$(BIN)/python -m tests.bench $(ARGS)
+
+# Host names and addresses of other machines, besides this one's own.
+NAMES ?=
+CERTS ?= certs
+
+certs: $(STAMP) ## Make certificates in CERTS=certs, for this machine and NAMES="host …".
+	$(BIN)/python -m services.rpc.certificates $(CERTS) $(NAMES)
 
 clean: ## Remove .venv and what was generated.
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,8 +16,8 @@ from tests.deploy.compose import ROOT
 SCRAPED = {"job", "instance", "ring", "release", "namespace"}
 _VARIABLES = {"$__rate_interval": "1m", "$__interval": "1m", "$__range": "1h"}
 _INSTRUMENT = re.compile(
-    r"create_(counter|histogram|up_down_counter|observable_gauge|observable_counter|gauge)\(\s*"
-    r'"([\w.]+)"(.*?)\)',
+    r"\b(?:create_(counter|histogram|up_down_counter|observable_gauge|observable_counter)|gauge)"
+    r'\(\s*"([\w.]+)"(.*?)\)',
     re.DOTALL,
 )
 

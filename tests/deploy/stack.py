@@ -38,6 +38,7 @@ class Stack:
             "/opt/miaotui/model": str(model),
             "/run/secrets": str(directory / "secrets"),
             "/tls": str(directory / "tls"),
+            "/documents": str(directory / "documents"),
         }
         self._ports: dict[tuple[str, str], int] = {}
         self.relays = {
