@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 from miaotui.engine.batch import Batch, DropCode
 from miaotui.engine.decode.flight import fits, load
+from miaotui.engine.decode.observe import GenerationObserver
 from miaotui.engine.decode.requests import OpenRequest, Sink, ending
 from miaotui.engine.decode.scheduler import DecodeScheduler, Plan, Slice
 from miaotui.engine.decode.sequence import NO_TOKENS, State, Text
@@ -69,6 +70,7 @@ class GenerationHead:
     ) -> None:
         self.settings = settings
         self.scheduler = DecodeScheduler(settings)
+        self.observer = GenerationObserver(self.scheduler)
         self._compute = compute
         self._send = send
         self._requests: dict[str, OpenRequest] = {}
@@ -159,6 +161,7 @@ class GenerationHead:
         self.scheduler.add(texts)
         self._requests[work.key] = work
         self._idle.clear()
+        self.observer.totals.prompt_tokens += request.n * len(request.prompt)
         if not math.isinf(deadline):
             error = DeadlineError("the deadline passed before the text was complete")
             loop = asyncio.get_running_loop()
@@ -197,7 +200,7 @@ class GenerationHead:
     def abandon(self, work: OpenRequest) -> None:
         """Ends a request that nobody waits for any more."""
         if work.key in self._requests:
-            self._close(work)
+            self._close(work, "cancelled")
 
     async def drain(self, seconds: float) -> None:
         """Waits until nothing is open, for at most `seconds`."""
@@ -261,9 +264,10 @@ class GenerationHead:
         if problem:
             self._failed(live, problem)
         else:
+            now = time.monotonic()
             for item in live:
                 if item.samples:
-                    self._take(item, sampled[item.sequence_id])
+                    self._take(item, sampled[item.sequence_id], now)
                 else:
                     self.scheduler.advance(item, NO_TOKENS, 0)
         # First the next batch: the stages compute it while the news are delivered.
@@ -286,6 +290,7 @@ class GenerationHead:
                 return
             batch, input_ids = load(next(self._batch_ids), plan, scheduler.tables.block_tokens)
             batch.released, scheduler.released = scheduler.released, []
+            self._departs(plan)
             self._flights[batch.batch_id] = plan
             self._decoding += plan.decodes
             batch.in_flight = len(self._flights)
@@ -294,6 +299,16 @@ class GenerationHead:
             task = asyncio.create_task(self._run(batch, input_ids, before, sent))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def _departs(self, plan: Plan) -> None:
+        self.observer.sent(plan)
+        for item in plan.slices:
+            work = item.text.work
+            if item.first and not work.started:
+                work.started = True
+                work.usage.cached_tokens = item.start
+                work.usage.queue_seconds = time.monotonic() - work.arrived
+                self.observer.begun(work.usage.queue_seconds)
 
     async def _run(
         self,
@@ -336,12 +351,18 @@ class GenerationHead:
 
     # -- results -----------------------------------------------------------------------------
 
-    def _take(self, item: Slice, sampled: SampledTokens) -> None:
+    def _take(self, item: Slice, sampled: SampledTokens, now: float) -> None:
         text = item.text
         work = _request(text)
         accepted = len(sampled.token_ids) - 1
         tokens, reason = ending(text, sampled)
         self.scheduler.advance(item, tokens, accepted)
+        self.observer.wrote(len(tokens), len(item.draft), accepted)
+        if text.grew:
+            self.observer.next_tokens(now - text.grew, len(tokens))
+        elif not work.usage.completion_tokens:
+            self.observer.first_token(now - work.arrived)
+        text.grew = text.ready_since = now
         work.usage.drafted_tokens += len(item.draft)
         work.usage.accepted_tokens += accepted
         work.usage.completion_tokens += len(tokens)
@@ -384,23 +405,24 @@ class GenerationHead:
         work.left -= 1
         self._news[work] = None
         if not work.left:
-            self._close(work)
+            self._close(work, "complete")
 
     def _fail(self, work: OpenRequest, error: Exception) -> None:
         """Ends a request with an error."""
         if work.key in self._requests:
             work.error = error
             self._news[work] = None
-            self._close(work)
+            self._close(work, "failed")
 
     def _fail_all(self) -> None:
         self._give_up = None
         for work in list(self._requests.values()):
             self._fail(work, PipelineUnavailableError(self._reason))
 
-    def _close(self, work: OpenRequest) -> None:
+    def _close(self, work: OpenRequest, outcome: str) -> None:
         """Frees what a request holds. There may still be news to deliver."""
         del self._requests[work.key]
+        self.observer.totals.requests[outcome] += 1
         if work.timer is not None:
             work.timer.cancel()
         for text in work.texts:

@@ -43,8 +43,6 @@ class OpenRequest(Work):
     """Of its deadline."""
     muted: bool = False
     """Whether nobody listens any more."""
-    last_token: float = 0.0
-    """When a text last grew, on `time.monotonic()`; 0: none has."""
     _news: dict[int, TextDelta] = field(default_factory=dict)
 
     def add_texts(self, first_order: int, draft_tokens: int) -> list[Text]:

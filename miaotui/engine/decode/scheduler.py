@@ -264,7 +264,6 @@ class DecodeScheduler:
         first = not text.sequence_id
         if first:
             text.sequence_id = next(self._ids)
-            text.work.begin(text)
         slices.append(Slice(text, text.sequence_id, text.sent, length, int(last), NO_TOKENS, first))
         text.sent += length
         if last:

@@ -87,13 +87,6 @@ class Work:
             self._prompt_index = PromptIndex(self.request.prompt)
         return self._prompt_index
 
-    def begin(self, text: Text) -> None:
-        """A text of its is about to be computed."""
-        if not self.started:
-            self.started = True
-            self.usage.queue_seconds = time.monotonic() - self.arrived
-            self.usage.cached_tokens = text.sent
-
 
 @dataclass(eq=False, slots=True)
 class Text:
@@ -129,6 +122,8 @@ class Text:
     """Of its full blocks, as far as they have been computed."""
     attempts: int = 0
     """How often it had to start again because something broke."""
+    grew: float = 0.0
+    """When its newest token came, on `time.monotonic()`; 0: none has."""
     ready_since: float = field(default_factory=time.monotonic)
     """When it was queued, or its newest token arrived, on `time.monotonic()`."""
 

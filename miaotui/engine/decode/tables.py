@@ -31,6 +31,16 @@ class BlockTables:
         return 0 if self.pool is None else self.pool.blocks
 
     @property
+    def used(self) -> int:
+        """Blocks in use."""
+        return 0 if self.pool is None else self.pool.used
+
+    @property
+    def cached(self) -> int:
+        """Blocks that nobody uses, kept for their content."""
+        return 0 if self.pool is None else self.pool.cached
+
+    @property
     def capacity(self) -> int | None:
         """Tokens that the KV cache holds; None while its size is not known."""
         return None if self.pool is None else self.pool.blocks * self.block_tokens
