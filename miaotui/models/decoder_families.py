@@ -47,7 +47,7 @@ class DecoderSkeleton:
     layers: tuple[nn.Module, ...]
     layer_types: tuple[str, ...]
     norm: nn.Module | None
-    head: nn.Linear | None
+    head: nn.Module | None
 
     @property
     def float32(self) -> nn.Module | None:
@@ -158,7 +158,7 @@ class DecoderFamily:
             layers=tuple(stack[index] for index in layers),
             layer_types=tuple(config.layer_types[i] for i in layers) if by_type else (),
             norm=getattr(base, self.norm) if last else None,
-            head=root.get_submodule(_HEAD) if last else None,  # type: ignore[arg-type]
+            head=root.get_submodule(_HEAD) if last else None,
         )
 
     def sources(self, skeleton: DecoderSkeleton, checkpoint: Checkpoint) -> Mapping[str, str]:

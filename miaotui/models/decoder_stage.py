@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from miaotui.engine.decode.sampler import Sampler, SampleRows
 from miaotui.engine.decode.types import DecodeSlice, SampledTokens, SamplingParams, SequenceStart
 from miaotui.models.checkpoint import Checkpoint
 from miaotui.models.decoder_families import DecoderFamily, DecoderSkeleton
+from miaotui.models.decoder_fused import fuse, fused_head, fused_norm, rotation
 from miaotui.models.errors import BatchError, PartitionError, UnsupportedModelError
 from miaotui.models.fingerprint import model_fingerprint
 from miaotui.models.kv_cache import KVCache, count_blocks
@@ -55,6 +56,8 @@ class DecoderStageModel:
         info: StageInfo,
         cache: KVCache,
         sampler: Sampler | None,
+        *,
+        fused: bool,
     ) -> None:
         """Take loaded modules; use `load` instead."""
         self.info = info
@@ -63,7 +66,8 @@ class DecoderStageModel:
         self._skeleton = skeleton
         self._sampler = sampler
         self._device = torch.device(info.device)
-        self._dtype = next(skeleton.layers[0].parameters()).dtype
+        self._dtype: torch.dtype = getattr(torch, info.dtype)
+        self._rotation = rotation if fused else _unchanged
         in_place = reads_in_place(self._dtype, self._device)
         self._row_tokens = ROW_TOKENS if in_place else COPIED_ROW_TOKENS
         config: Any = skeleton.root.config
@@ -80,6 +84,7 @@ class DecoderStageModel:
         fingerprint: str | None = None,
         kv_cache_bytes: int | None = None,
         kv_block_tokens: int = 16,
+        fused: bool = True,
     ) -> DecoderStageModel:
         """Read a stage from a Hugging Face model directory: its own tensors and no others.
 
@@ -91,6 +96,8 @@ class DecoderStageModel:
             fingerprint: the model's, where it is known already; None: computed or cached.
             kv_cache_bytes: for this stage's keys and values; None: see `count_blocks`.
             kv_block_tokens: tokens a block of the cache.
+            fused: whether the faster stand-ins of `miaotui.models.decoder_fused` are put in place;
+                else transformers' modules compute as they are, as a reference.
 
         Raises:
             UnsupportedModelError: not a decoder that can be served.
@@ -119,6 +126,8 @@ class DecoderStageModel:
         skeleton = family.skeleton(config, layers)
         size = parameter_bytes(skeleton, compute)
         _fill(family, skeleton, checkpoint, compute, target)
+        if fused:
+            skeleton = _fuse(skeleton)
         blocks = count_blocks(shape, len(layers), kv_block_tokens, compute, target, kv_cache_bytes)
         info = StageInfo(
             first_layer=layers.first,
@@ -142,7 +151,7 @@ class DecoderStageModel:
         )
         cache = KVCache(shape, len(layers), blocks, kv_block_tokens, compute, target)
         sampler = Sampler(shape.vocab_size, target) if info.is_last else None
-        return cls(skeleton, shape, info, cache, sampler)
+        return cls(skeleton, shape, info, cache, sampler, fused=fused)
 
     @torch.inference_mode()
     def run(self, batch: DecoderBatch) -> torch.Tensor | list[SampledTokens]:
@@ -271,9 +280,9 @@ class DecoderStageModel:
         if rotary is not None:
             positions = layout.positions[None]
             rotations = (
-                {kind: rotary(hidden, positions, kind) for kind in set(kinds)}
+                {kind: self._rotation(*rotary(hidden, positions, kind)) for kind in set(kinds)}
                 if kinds
-                else {None: rotary(hidden, positions)}
+                else {None: self._rotation(*rotary(hidden, positions))}
             )
         for index, layer in enumerate(self._skeleton.layers):
             if rotary is None:
@@ -316,6 +325,21 @@ class DecoderStageModel:
         if self.info.is_first:
             return DecoderBatch(lengths, slices, torch.zeros(tokens, dtype=torch.int64))
         return DecoderBatch(lengths, slices, hidden=torch.zeros(tokens, self.info.hidden_size))
+
+
+def _fuse(skeleton: DecoderSkeleton) -> DecoderSkeleton:
+    fuse(skeleton)
+    if skeleton.head is None or skeleton.norm is None:
+        return skeleton
+    shared = skeleton.embedding is not None and (skeleton.embedding.weight is skeleton.head.weight)
+    head = fused_head(skeleton.head, shared=shared)
+    # What is packed is copied: the plain weight must not stay beside it.
+    skeleton.root.lm_head = head
+    return replace(skeleton, head=head, norm=fused_norm(skeleton.norm))
+
+
+def _unchanged(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return cos, sin
 
 
 def _fill(
