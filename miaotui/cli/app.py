@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -111,6 +112,14 @@ def up(
             envvar="REDIS_URL", help="Cache there; otherwise in memory.", show_default=False
         ),
     ] = None,
+    tls: Annotated[
+        bool,
+        typer.Option(
+            "--tls",
+            help="Mutual TLS between the services, with a certificate for this run only. "
+            "MIAOTUI_TLS_DIR takes one that is there.",
+        ),
+    ] = False,
     demo: Annotated[
         bool, typer.Option("--demo", help="Ask an English and a Chinese question once ready.")
     ] = False,
@@ -170,7 +179,15 @@ def up(
         layout = lay_out(wanted)
     except (LayoutError, OSError) as error:
         _fail(error, 2)
-    raise typer.Exit(run_up(layout, Plan(questions, once, quiet, ready_timeout), Console()))
+    with tempfile.TemporaryDirectory(prefix="miaotui-tls-") as certificates:
+        if tls:
+            from services.rpc.certificates import make_certificates
+
+            make_certificates(Path(certificates))
+            # For the services, which inherit it, and for the probes of this process.
+            os.environ["MIAOTUI_TLS_DIR"] = certificates
+        code = run_up(layout, Plan(questions, once, quiet, ready_timeout), Console())
+    raise typer.Exit(code)
 
 
 @app.command(
