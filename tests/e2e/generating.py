@@ -31,6 +31,7 @@ class Prompt:
 
     ids: tuple[int, ...]
     max_tokens: int
+    stops: tuple[int, ...] = STOPS
 
     def request(self, request_id: str = "test", **fields: Any) -> pb.GenerateRequest:
         """The request for it; greedy."""
@@ -38,7 +39,7 @@ class Prompt:
             request_id=request_id,
             input_ids=np.asarray(self.ids, "<i4").tobytes(),
             max_tokens=self.max_tokens,
-            stop_token_ids=STOPS,
+            stop_token_ids=self.stops,
             **fields,
         )
 
@@ -68,21 +69,55 @@ class Reference:
         torch.set_num_threads(1)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         self._model = model.eval()
+        # The request alone says what ends a text.
+        self._model.generation_config.eos_token_id = None
+        self._known: dict[Prompt, tuple[list[int], float]] = {}
 
     def write(self, prompt: Prompt) -> list[int]:
         """The greedy text after a prompt, with the token that ended it."""
+        return self._write(prompt)[0]
+
+    def decided(self, asked: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts in whose texts the best token is always clearly ahead of the second.
+
+        Where two are equally good, sums in another order may choose either.
+        """
+        return [prompt for prompt in asked if self._write(prompt)[1] > 1e-3]
+
+    def gap(self, prompt: Prompt, text: Sequence[int]) -> str:
+        """Where a text leaves the expected one, and by how much the two tokens' logits differ."""
+        expected = self.write(prompt)
+        place = next(
+            (i for i, (a, b) in enumerate(zip(text, expected, strict=False)) if a != b), None
+        )
+        if place is None:
+            return f"{len(text)} tokens for {len(expected)}"
+        with torch.inference_mode():
+            ids = torch.tensor([[*prompt.ids, *expected[:place]]])
+            logits = self._model(ids).logits[0, -1]
+        apart = float(logits[expected[place]] - logits[text[place]])
+        return f"token {place} after {len(prompt.ids)}: logits {apart:g} apart"
+
+    def _write(self, prompt: Prompt) -> tuple[list[int], float]:
+        """The text, and the least distance between the two best logits of a place."""
+        if (known := self._known.get(prompt)) is not None:
+            return known
         ids = torch.tensor([prompt.ids])
         with torch.inference_mode():
-            output = self._model.generate(
+            output: Any = self._model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=prompt.max_tokens,
                 do_sample=False,
-                eos_token_id=list(STOPS),
+                eos_token_id=list(prompt.stops) or None,
                 pad_token_id=0,
+                return_dict_in_generate=True,
+                output_logits=True,
             )
-        text: list[int] = output[0, len(prompt.ids) :].tolist()
-        return text
+        best = torch.stack([logits[0].topk(2).values for logits in output.logits])
+        text: list[int] = output.sequences[0, len(prompt.ids) :].tolist()
+        self._known[prompt] = text, float((best[:, 0] - best[:, 1]).min())
+        return self._known[prompt]
 
 
 @dataclass
@@ -171,8 +206,8 @@ def check(asked: Sequence[Prompt], written: Sequence[Written], reference: Refere
     """Fails unless every text is what transformers writes, to its end."""
     for prompt, text in zip(asked, written, strict=True):
         expected = reference.write(prompt)
-        assert text.tokens == expected, f"after {len(prompt.ids)} tokens"
-        stopped = expected[-1] in STOPS
+        assert text.tokens == expected, reference.gap(prompt, text.tokens)
+        stopped = expected[-1] in prompt.stops
         assert text.finish == (pb.FINISH_REASON_STOP if stopped else pb.FINISH_REASON_LENGTH)
         assert text.usage is not None
         assert text.usage.prompt_tokens == len(prompt.ids)
