@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from gateway.documents.answering import CollectionAnswerer
+from gateway.documents.service import Documents
 from gateway.errors import FieldError, GatewayError
 from gateway.generation.answering import Answerer
 from gateway.generation.generator import Generator
@@ -20,6 +22,8 @@ class Desk:
         self._pipeline = pipeline
         self.generator = generator
         self._answerer = None if generator is None else Answerer(generator)
+        self.documents = Documents(settings)
+        self.collections = CollectionAnswerer(settings, self.documents, pipeline, self._answerer)
 
     async def answer(
         self, request: QaRequest, request_id: str, timeout: float | None
@@ -40,7 +44,8 @@ class Desk:
         return await self._pipeline.answer(request, request_id, seconds)
 
     async def close(self) -> None:
-        """Waits for cache writes that are under way."""
+        """Waits for cache writes that are under way, and ends work on documents."""
+        await self.documents.close()
         for worker in (self._pipeline, self.generator):
             if worker is not None:
                 await worker.close()

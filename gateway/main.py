@@ -138,6 +138,7 @@ async def serve_gateway(settings: GatewaySettings) -> None:
         listener = _bind(settings.http_listen)
         await rpc.start(settings.grpc_listen)
         models.start()
+        desk.documents.start()
         await rpc.set_serving(True)
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         host, port = listener.getsockname()[:2]

@@ -70,6 +70,10 @@ class Clock:
         finally:
             self.add(hop, time.perf_counter() - started)
 
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.started
+
     def result(self) -> list[Hop]:
         """All hops and "total", in milliseconds."""
         hops = {**self.hops, "total": time.perf_counter() - self.started}
@@ -149,6 +153,10 @@ class Pipeline:
             self._metrics.answered(outcome, cache)
             self.in_flight -= 1
             self._metrics.in_flight(-1)
+
+    async def served(self) -> Served:
+        """The model served now. Raises `GatewayError` (unavailable) where there is none."""
+        return self._upstream.served or await self._upstream.verified()
 
     async def read_passages(
         self, requests: Sequence[QaRequest], request_id: str, timeout: float, clock: Clock

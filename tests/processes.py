@@ -240,6 +240,7 @@ class Cluster:
             "gateway",
             {
                 **traces,
+                "MIAOTUI_GATEWAY_DOCUMENTS": str(self._directory / "documents"),
                 "MIAOTUI_GATEWAY_HTTP_LISTEN": http,
                 "MIAOTUI_GATEWAY_GRPC_LISTEN": self.grpc_target,
                 "MIAOTUI_GATEWAY_TOKENIZER": "" if generative else self.tokenizer_target,

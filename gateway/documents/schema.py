@@ -112,7 +112,8 @@ class DocumentList:
     collection: str
     documents: list[DocumentView]
     next: Annotated[
-        str | None, Field(description="Pass it as `after` for the next page; null: this is the last.")
+        str | None,
+        Field(description="Pass it as `after` for the next page; null: this is the last."),
     ]
 
 
@@ -289,4 +290,3 @@ def parse(body: type[B], data: Any, settings: GatewaySettings) -> B:
     if faults:
         raise invalid(faults)
     return parsed
-

@@ -10,6 +10,7 @@ from gateway.generation.generator import Generator
 from gateway.generation.prompts import filled, question_prompt
 from gateway.generation.request import GenerationRequest, Prompt, Sampling
 from gateway.schema import Citation, Hop, QaRequest, QaResponse
+from gateway.upstream import Served
 from miaotui.telemetry import current_trace_id
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 
@@ -23,6 +24,10 @@ class Answerer:
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
+
+    async def served(self) -> Served:
+        """The model served now. Raises `GatewayError` (unavailable) where there is none."""
+        return self._generator.pair.served or await self._generator.pair.verified()
 
     async def answer(self, request: QaRequest, request_id: str, timeout: float) -> QaResponse:
         """Answers within `timeout` seconds. Raises `GatewayError`; cancelling frees the work."""

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.batch import Outcome, run_batch
 from gateway.desk import Desk
+from gateway.documents.api import DocumentsApi
 from gateway.errors import FieldError, GatewayError
 from gateway.http.body import read_json
 from gateway.http.exchange import SSE, json_response, request_id, timeout_given, unless_gone
@@ -54,6 +55,7 @@ class HttpApi:
         self._models = models
         self._desk = desk
         self._openai = OpenAiApi(settings, models, desk.generator)
+        self._documents = DocumentsApi(settings, desk.documents, desk.collections)
         self._openapi = to_json(openapi_document(settings))
         self._pages = {name: Page(WEB / name) for name in ("index.html", "docs.html")}
         self._problems = {str(entry["type"]): entry for entry in catalogue()}
@@ -61,7 +63,10 @@ class HttpApi:
     async def ask(self, request: Request) -> Response:
         """POST /v1/qa"""
         timeout = timeout_given(request, self._settings.longest_timeout)
-        question = parse_request(await read_json(request, self._settings), self._settings)
+        body = await read_json(request, self._settings)
+        if isinstance(body, dict) and "context" not in body:
+            return await self._documents.ask(request, body)
+        question = parse_request(body, self._settings)
         work = self._desk.answer(question, request_id(request), timeout)
         answer = await unless_gone(request.receive, work)
         return json_response(QA_RESPONSE.dump_json(answer))
@@ -131,6 +136,7 @@ class HttpApi:
         return [
             Route("/v1/qa", self.ask, methods=["POST"]),
             Route("/v1/qa/batch", self.ask_batch, methods=["POST"]),
+            *self._documents.routes(),
             Route("/v1/models", self.list_models),
             Route("/v1/models/{model}", self._openai.model),
             Route("/v1/chat/completions", self._openai.chat, methods=["POST"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 from typing import Any, NoReturn
 
 from starlette.requests import Request
@@ -62,6 +63,35 @@ async def _read(request: Request, settings: GatewaySettings) -> bytes:
             await _drain(request, limit * _DRAIN_FACTOR)
         raise too_large
     return bytes(body)
+
+
+async def limited(request: Request, settings: GatewaySettings) -> AsyncGenerator[bytes, None]:
+    """The body's pieces as they come, for a body that is not held in memory.
+
+    Raises `GatewayError` where it is too large, or does not come at all for a while.
+    """
+    limit = settings.max_body_bytes
+    too_large = GatewayError("body-too-large", f"The body has more than {limit} bytes.")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit):
+        if "expect" not in request.headers:
+            await _drain(request, limit)
+        raise too_large
+    received = 0
+    more = True
+    while more:
+        try:
+            async with asyncio.timeout(settings.body_timeout):
+                message = await request.receive()
+        except TimeoutError:
+            raise GatewayError("body-timeout", "The body stopped on its way.") from None
+        if message["type"] == "http.disconnect":
+            raise GatewayError("client-closed", "The caller went away.")
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise too_large
+        more = message.get("more_body", False)
+        yield message.get("body", b"")
 
 
 async def _drain(request: Request, limit: int) -> None:

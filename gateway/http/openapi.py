@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from gateway.documents.openapi import COLLECTION_EXAMPLE, document_paths, document_schemas
 from gateway.errors import KINDS
 from gateway.http.openai.document import openai_paths, openai_schemas
 from gateway.http.problems import MEDIA_TYPE, Problem
@@ -109,23 +110,25 @@ def openapi_document(settings: GatewaySettings) -> Json:
     post_errors = (400, 408, 413, 415, 422, 502, 503, 504)
     ask: Json = {
         "operationId": "ask",
-        "summary": "Answer a question over a passage",
-        "description": "Offsets count Unicode code points of the passage as sent.",
+        "summary": "Answer a question over a passage, or over a collection of documents",
+        "description": "With `context`, offsets count Unicode code points of the passage as sent. "
+        "Without, the collection's documents are searched, and offsets are those of their text.",
         "tags": ["questions"],
         "parameters": request_headers,
         "requestBody": {
             "required": True,
             "content": _content(
-                "QaRequest",
+                "AnyQuestion",
                 examples={
                     "english": {"summary": "English", "value": EXAMPLE_EN},
                     "chinese": {"summary": "中文", "value": EXAMPLE_ZH},
+                    "documents": {"summary": "Your documents", "value": COLLECTION_EXAMPLE},
                 },
             ),
         },
         "responses": {
-            "200": _ok("The answer.", _content("QaResponse", example=_RESPONSE_EXAMPLE)),
-            **_problems(*post_errors),
+            "200": _ok("The answer.", _content("AnyAnswer", example=_RESPONSE_EXAMPLE)),
+            **_problems(*post_errors, 404),
         },
     }
     batch: Json = {
@@ -179,6 +182,7 @@ def openapi_document(settings: GatewaySettings) -> Json:
         "servers": [{"url": "/"}],
         "tags": [
             {"name": "questions", "description": "Questions and answers"},
+            {"name": "documents", "description": "The users' own documents, and search in them"},
             {"name": "texts", "description": "Text generation, as OpenAI's API has it"},
             {"name": "service", "description": "What is served and how it is"},
         ],
@@ -186,6 +190,7 @@ def openapi_document(settings: GatewaySettings) -> Json:
             "/v1/qa": {"post": ask},
             "/v1/qa/batch": {"post": batch},
             **openai_paths(settings, request_headers),
+            **document_paths(),
             "/v1/models": _get(
                 *("listModels", "The models served", "service"),
                 _ok("The models.", _content("ModelList")),
@@ -216,7 +221,13 @@ def openapi_document(settings: GatewaySettings) -> Json:
                 *("openapi", "This document", "service"), _ok("The document.", anything)
             ),
         },
-        "components": {"schemas": {**_schemas(settings), **openai_schemas()}},
+        "components": {
+            "schemas": {
+                **_schemas(settings),
+                **openai_schemas(),
+                **document_schemas(settings),
+            }
+        },
     }
 
 

@@ -88,6 +88,7 @@ async def run_gateway(
         ),
         "MIAOTUI_GATEWAY_GENERATOR_SHARD": fakes.address("generator_shard") if writes else "",
         "MIAOTUI_GATEWAY_POLL_SECONDS": "0.3",
+        "MIAOTUI_GATEWAY_DOCUMENTS": str(directory / "documents"),
         **{
             name if name.startswith(PLAIN) else f"MIAOTUI_GATEWAY_{name}": value
             for name, value in settings.items()

@@ -1,0 +1,289 @@
+"""A question over a collection: retrieve, read the best passages in one batch, cite."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from gateway.documents.schema import (
+    CollectionAnswer,
+    CollectionQuestion,
+    PassageView,
+    Retrieval,
+    SourcedAnswer,
+    SourcedCitation,
+)
+from gateway.documents.service import Documents
+from gateway.errors import FieldError, GatewayError
+from gateway.generation.answering import Answerer
+from gateway.pipeline import Clock, Pipeline
+from gateway.schema import CacheStatus, QaRequest, invalid
+from gateway.settings import GatewaySettings
+from gateway.upstream import Served
+from miaotui.retrieval.answers import (
+    RankedSpan,
+    SpanReading,
+    is_answer,
+    language_of,
+    rank_spans,
+)
+from miaotui.retrieval.collection import Collection, Found
+from miaotui.retrieval.reading.document import heading_at, page_at
+from miaotui.telemetry import current_trace_id
+
+_SEPARATOR = "\n\n"
+
+
+class CollectionAnswerer:
+    """Answers from collections, in either mode; `pipeline` or `writer` may be missing."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        documents: Documents,
+        pipeline: Pipeline | None,
+        writer: Answerer | None,
+    ) -> None:
+        self._settings = settings
+        self._documents = documents
+        self._pipeline = pipeline
+        self._writer = writer
+
+    async def answer(
+        self, question: CollectionQuestion, request_id: str, timeout: float | None
+    ) -> CollectionAnswer:
+        """Answers within `timeout` seconds; None: the mode's default. Raises `GatewayError`."""
+        clock = Clock()
+        collection = await self._documents.collection(question.collection)
+        if collection is None:
+            if "collection" not in question.model_fields_set:
+                detail = "this field is required: there are no documents to answer from instead"
+                raise invalid([FieldError("/context", detail)])
+            raise GatewayError("not-found", "There is no such collection.")
+        if question.mode == "generative":
+            seconds = self._settings.generation_timeout if timeout is None else timeout
+            return await self._written(question, collection, request_id, seconds, clock)
+        seconds = self._settings.request_timeout if timeout is None else timeout
+        return await self._extracted(question, collection, request_id, seconds, clock)
+
+    async def _found(
+        self, question: CollectionQuestion, collection: Collection, seconds: float, clock: Clock
+    ) -> list[Found]:
+        try:
+            async with asyncio.timeout(seconds):
+                work = self._documents.search(collection, question.question, question.passages)
+                return await clock.timed("retrieval", work)
+        except TimeoutError:
+            raise GatewayError("timeout", f"No answer within {seconds:g} s.") from None
+
+    async def _extracted(
+        self,
+        question: CollectionQuestion,
+        collection: Collection,
+        request_id: str,
+        seconds: float,
+        clock: Clock,
+    ) -> CollectionAnswer:
+        if self._pipeline is None:
+            detail = 'no model that finds spans is loaded: ask with "mode": "generative"'
+            raise invalid([FieldError("/mode", detail)])
+        served = await self._pipeline.served()
+        found = await self._found(question, collection, seconds, clock)
+        if not found:
+            return _nothing(question, served, request_id, clock)
+        requests = [
+            QaRequest.model_construct(
+                question=question.question,
+                context=passage.passage.text,
+                top_k=question.top_k,
+                max_answer_length=question.max_answer_length,
+                normalization=question.normalization,
+                no_cache=question.no_cache,
+            )
+            for passage in found
+        ]
+        left = max(0.001, seconds - clock.elapsed())
+        readings = await self._pipeline.read_passages(requests, request_id, left, clock)
+        spans = [
+            SpanReading(
+                place,
+                span.start,
+                span.end,
+                span.logit,
+                # Of the passage's best span, "no answer" stands this much above it.
+                stored.no_answer_score + stored.spans[0].logit,
+            )
+            for place, stored in enumerate(readings.answers)
+            for span in stored.spans
+        ]
+        ranked = rank_spans(spans, [passage.ranked for passage in found])
+        thresholds = dict(readings.served.no_answer_thresholds)
+        language = language_of(question.question)
+        threshold = question.no_answer_threshold
+        if threshold is None:
+            threshold = thresholds.get(language, 0.0)
+        answerable = bool(ranked) and is_answer(
+            ranked[0].reading, found[ranked[0].reading.passage].ranked, threshold, language
+        )
+        shown = ranked[: question.top_k] if answerable or question.top_k > 1 else []
+        best = ranked[0].reading if ranked else None
+        return CollectionAnswer(
+            answerable=answerable,
+            answers=[_answer(span, found) for span in shown],
+            no_answer_score=best.no_answer_logit - best.logit if best else 0.0,
+            collection=question.collection,
+            passages=passage_views(found),
+            model=readings.served.name,
+            model_fingerprint=readings.served.fingerprint,
+            cache=readings.cache,
+            timings=clock.result(),
+            trace_id=current_trace_id(),
+            request_id=request_id,
+        )
+
+    async def _written(
+        self,
+        question: CollectionQuestion,
+        collection: Collection,
+        request_id: str,
+        seconds: float,
+        clock: Clock,
+    ) -> CollectionAnswer:
+        if self._writer is None:
+            detail = (
+                "no model that writes text is loaded: leave it out, or set "
+                "MIAOTUI_GATEWAY_GENERATOR_TOKENIZER and _SHARD"
+            )
+            raise invalid([FieldError("/mode", detail)])
+        served = await self._writer.served()
+        found = await self._found(question, collection, seconds, clock)
+        if not found:
+            return _nothing(question, served, request_id, clock)
+        context = _SEPARATOR.join(passage.passage.text for passage in found)
+        more = {}
+        if "max_answer_length" in question.model_fields_set:
+            more["max_answer_length"] = question.max_answer_length
+        request = QaRequest.model_construct(
+            {"question", "context", "mode", *more},
+            question=question.question,
+            context=context,
+            mode="generative",
+            no_cache=question.no_cache,
+            **more,
+        )
+        left = max(0.001, seconds - clock.elapsed())
+        written = await self._writer.answer(request, request_id, left)
+        for hop in written.timings:
+            if hop.hop != "total":
+                clock.add(hop.hop, hop.milliseconds / 1000)
+        return CollectionAnswer(
+            answerable=written.answerable,
+            answers=[],
+            no_answer_score=0.0,
+            collection=question.collection,
+            passages=passage_views(found),
+            model=written.model,
+            model_fingerprint=written.model_fingerprint,
+            cache=written.cache,
+            timings=clock.result(),
+            trace_id=current_trace_id(),
+            request_id=request_id,
+            answer=written.answer,
+            citations=[
+                citation
+                for range_ in written.citations
+                for citation in _citations(range_.start, range_.end, found)
+            ],
+        )
+
+
+def _nothing(
+    question: CollectionQuestion, served: Served, request_id: str, clock: Clock
+) -> CollectionAnswer:
+    """The answer where the collection holds nothing that has to do with the question."""
+    return CollectionAnswer(
+        answerable=False,
+        answers=[],
+        no_answer_score=0.0,
+        collection=question.collection,
+        passages=[],
+        model=served.name,
+        model_fingerprint=served.fingerprint,
+        cache=CacheStatus.BYPASS,
+        timings=clock.result(),
+        trace_id=current_trace_id(),
+        request_id=request_id,
+    )
+
+
+def passage_views(found: Sequence[Found]) -> list[PassageView]:
+    """The passages as the API gives them."""
+    views = []
+    for rank, one in enumerate(found, start=1):
+        passage, ranked = one.passage, one.ranked
+        views.append(
+            PassageView(
+                document=passage.document.id,
+                source=passage.document.source,
+                title=passage.document.title,
+                page=page_at(passage.marks.pages, passage.start),
+                heading=heading_at(passage.marks.headings, passage.start),
+                start=passage.start,
+                end=passage.end,
+                text=passage.text,
+                retrieval=Retrieval(
+                    rank,
+                    ranked.score,
+                    ranked.lexical_rank,
+                    ranked.lexical_score,
+                    ranked.dense_rank,
+                    ranked.dense_score,
+                ),
+            )
+        )
+    return views
+
+
+def _answer(span: RankedSpan, found: Sequence[Found]) -> SourcedAnswer:
+    reading = span.reading
+    passage = found[reading.passage].passage
+    start = passage.start + reading.start
+    return SourcedAnswer(
+        text=passage.text[reading.start : reading.end],
+        start=start,
+        end=passage.start + reading.end,
+        score=span.score,
+        logit=reading.logit,
+        document=passage.document.id,
+        source=passage.document.source,
+        title=passage.document.title,
+        page=page_at(passage.marks.pages, start),
+        heading=heading_at(passage.marks.headings, start),
+        passage=reading.passage,
+    )
+
+
+def _citations(start: int, end: int, found: Sequence[Found]) -> list[SourcedCitation]:
+    """A range of the passages joined, as ranges of the documents that they are of."""
+    cited = []
+    begin = 0
+    for place, one in enumerate(found):
+        passage = one.passage
+        first, last = max(start, begin), min(end, begin + len(passage.text))
+        if first < last:
+            within = passage.start + first - begin
+            cited.append(
+                SourcedCitation(
+                    text=passage.text[first - begin : last - begin],
+                    start=within,
+                    end=within + last - first,
+                    document=passage.document.id,
+                    source=passage.document.source,
+                    title=passage.document.title,
+                    page=page_at(passage.marks.pages, within),
+                    heading=heading_at(passage.marks.headings, within),
+                    passage=place,
+                )
+            )
+        begin += len(passage.text) + len(_SEPARATOR)
+    return cited
