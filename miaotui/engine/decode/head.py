@@ -318,6 +318,8 @@ class GenerationHead:
         sent: asyncio.Future[None],
     ) -> None:
         try:
+            if batch.batch_id not in self._flights:
+                return  # the pipeline broke before this turn of the loop
             # A batch set out alone leaves other cores idle; what joins it meanwhile counts.
             batch.in_flight = max(batch.in_flight, len(self._flights))
             try:

@@ -121,13 +121,13 @@ class _Sampling:
 
 @dataclass
 class Ring:
-    """A head and its stages, each a task; `pause(stage)` is awaited before each batch."""
+    """A head and its stages, each a task; `pause(stage, batch)` is awaited before a batch."""
 
     settings: GenerationSettings
     model: Model
     blocks: int
     block_tokens: int
-    pause: Callable[[int], object] | None = None
+    pause: Callable[[int, Batch], object] | None = None
     link: Callable[[], object] | None = None
     fail: Callable[[int, Batch], bool] = lambda _stage, _batch: False
     problems: list[str] = field(default_factory=list)
@@ -183,7 +183,7 @@ class Ring:
         self.batches.append(batch)
         stage = self.stages[0]
         async with self._computing:
-            await self._wait(self.pause, 0)
+            await self._wait(self.pause, 0, batch)
             batch.hidden = torch.from_numpy(input_ids.copy())[:, None]
             self._run(0, stage, batch)
 
@@ -197,7 +197,7 @@ class Ring:
         try:
             while True:
                 batch = await arrivals.get()
-                await self._wait(self.pause, index)
+                await self._wait(self.pause, index, batch)
                 self._run(index, stage, batch)
                 following.put_nowait(batch)
         finally:

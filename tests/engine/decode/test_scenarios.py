@@ -98,10 +98,10 @@ def _scenarios(draw: st.DrawFn) -> _Scenario:
     )
 
 
-def _delays(seed: int) -> Callable[[int], object]:
+def _delays(seed: int) -> Callable[[int, Batch], object]:
     generator = random.Random(seed)
 
-    async def pause(_stage: int) -> None:
+    async def pause(_stage: int, _batch: Batch) -> None:
         for _ in range(generator.choice([0, 0, 1, 3, 8])):
             await asyncio.sleep(0)
 
