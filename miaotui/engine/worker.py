@@ -177,6 +177,7 @@ class ComputeWorker:
     def _loop(self) -> None:
         if self._prepare is not None:
             try:
+                torch.set_num_threads(threads_for(1, self.colocated_stages, self.cores))
                 self._prepare()
             except Exception:
                 # Not fatal here: a batch that hits the same trouble reports it to its caller.
