@@ -360,11 +360,7 @@ class GenerationHead:
         tokens, reason = ending(text, sampled)
         self.scheduler.advance(item, tokens, accepted)
         self.observer.wrote(len(tokens), len(item.draft), accepted)
-        if text.grew:
-            self.observer.next_tokens(now - text.grew, len(tokens))
-        elif not work.usage.completion_tokens:
-            self.observer.first_token(now - work.arrived)
-        text.grew = text.ready_since = now
+        text.ready_since = now
         work.usage.drafted_tokens += len(item.draft)
         work.usage.accepted_tokens += accepted
         work.usage.completion_tokens += len(tokens)

@@ -29,26 +29,20 @@ class GenerationTotals:
 
 
 class GenerationObserver:
-    """Metrics of one head. Counters and gauges are read when they are collected, so that a
-    step costs two histograms and one more a text."""
+    """Metrics of one head. Its counters are read when they are collected: they cost no step
+    anything."""
 
     def __init__(self, scheduler: DecodeScheduler) -> None:
         self.totals = totals = GenerationTotals()
         meter = metrics.get_meter("miaotui.engine.decode")
-        self._first_token = meter.create_histogram(
-            "miaotui.generation.time_to_first_token", "s", "From a request's arrival"
-        )
-        self._next_token = meter.create_histogram(
-            "miaotui.generation.time_per_token", "s", "From a text's token to its next"
-        )
         self._queue = meter.create_histogram(
-            "miaotui.generation.queue.duration", "s", "From a request's arrival to its first batch"
+            "miaotui.generate.queue.duration", "s", "From a request's arrival to its first batch"
         )
         self._batch_texts = meter.create_histogram(
-            "miaotui.generation.batch.sequences", "{sequence}", "Texts in a batch"
+            "miaotui.generate.batch.sequences", "{sequence}", "Texts in a batch"
         )
         self._batch_tokens = meter.create_histogram(
-            "miaotui.generation.batch.tokens", "{token}", "Tokens in a batch"
+            "miaotui.generate.batch.tokens", "{token}", "Tokens in a batch"
         )
         # Only weakly: a meter outlives heads.
         source = weakref.ref(scheduler)
@@ -81,32 +75,12 @@ class GenerationObserver:
             ),
             ("drafted.tokens", "{token}", "Tokens guessed ahead", lambda _: totals.drafted),
             ("accepted.tokens", "{token}", "Guesses that were right", lambda _: totals.accepted),
-            (
-                "preemptions",
-                "{sequence}",
-                "Texts that gave their KV blocks up to others",
-                lambda alive: alive.preemptions,
-            ),
         ]
         for name, unit, text, read in counters:
-            meter.create_observable_counter(f"miaotui.generation.{name}", reads(read), unit, text)
+            meter.create_observable_counter(f"miaotui.generate.{name}", reads(read), unit, text)
         meter.create_observable_counter(
-            "miaotui.generation.requests", [ended], "{request}", "Requests that ended"
+            "miaotui.generate.requests", [ended], "{request}", "Requests that ended"
         )
-        gauges: list[tuple[str, str, str, Callable[[DecodeScheduler], int]]] = [
-            ("queue.depth", "{sequence}", "Texts that wait", lambda alive: len(alive.waiting)),
-            ("running", "{sequence}", "Texts being computed", lambda alive: alive.running),
-            ("kv.blocks", "{block}", "KV blocks", lambda alive: alive.tables.blocks),
-            ("kv.used", "{block}", "KV blocks in use", lambda alive: alive.tables.used),
-            (
-                "kv.cached",
-                "{block}",
-                "KV blocks kept for texts that begin alike",
-                lambda alive: alive.tables.cached,
-            ),
-        ]
-        for name, unit, text, read in gauges:
-            meter.create_observable_gauge(f"miaotui.generation.{name}", reads(read), unit, text)
 
     def begun(self, waited: float) -> None:
         """A request's first batch sets out, so many seconds after its arrival."""
@@ -123,11 +97,3 @@ class GenerationObserver:
         totals.tokens += tokens
         totals.drafted += drafted
         totals.accepted += accepted
-
-    def first_token(self, seconds: float) -> None:
-        """A request's first token is there, so long after its arrival."""
-        self._first_token.record(seconds)
-
-    def next_tokens(self, seconds: float, tokens: int) -> None:
-        """A text's next tokens are there, so long after the ones before."""
-        self._next_token.record(seconds / tokens)

@@ -122,8 +122,6 @@ class Text:
     """Of its full blocks, as far as they have been computed."""
     attempts: int = 0
     """How often it had to start again because something broke."""
-    grew: float = 0.0
-    """When its newest token came, on `time.monotonic()`; 0: none has."""
     ready_since: float = field(default_factory=time.monotonic)
     """When it was queued, or its newest token arrived, on `time.monotonic()`."""
 
