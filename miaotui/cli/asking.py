@@ -20,6 +20,8 @@ class Options:
     no_answer_threshold: float | None = None
     no_cache: bool = False
     timeout: float = 30.0
+    collection: str | None = None
+    """Documents to answer from, instead of the passage."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,13 @@ def ask_http(url: str, asked: Asked, options: Options) -> Reply:
 
     body: dict[str, Any] = {
         "question": asked.question,
-        "context": asked.context,
         "top_k": options.top_k,
         "no_cache": options.no_cache,
     }
+    if options.collection is None:
+        body["context"] = asked.context
+    else:
+        body["collection"] = options.collection
     if options.max_answer_length is not None:
         body["max_answer_length"] = options.max_answer_length
     if options.no_answer_threshold is not None:
@@ -59,9 +64,9 @@ def ask_http(url: str, asked: Asked, options: Options) -> Reply:
         except httpx.TimeoutException:
             raise AskError(f"no answer from {url} within {options.timeout:.0f} s") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise AskError(_unreachable(url, str(error), "--url")) from None
+            raise AskError(unreachable(url, str(error), "--url")) from None
     if response.status_code != 200:
-        raise AskError(_problem(url, response.status_code, response.content))
+        raise AskError(problem_text(url, response.status_code, response.content))
     return Reply(response.json(), elapsed)
 
 
@@ -70,6 +75,7 @@ def ask_grpc(target: str, asked: Asked, options: Options) -> Reply:
     import grpc
 
     from miaotui.v1 import gateway_pb2, gateway_pb2_grpc
+    from services.rpc.tls import blocking_channel
 
     request = gateway_pb2.AnswerRequest(
         question=asked.question,
@@ -79,11 +85,11 @@ def ask_grpc(target: str, asked: Asked, options: Options) -> Reply:
         no_answer_threshold=options.no_answer_threshold,
         no_cache=options.no_cache,
     )
-    with grpc.insecure_channel(target) as channel:
+    with blocking_channel(target) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=min(5.0, options.timeout))
         except grpc.FutureTimeoutError:
-            raise AskError(_unreachable(target, "nothing answers", "--grpc")) from None
+            raise AskError(unreachable(target, "nothing answers", "--grpc")) from None
         stub = gateway_pb2_grpc.GatewayServiceStub(channel)
         began = time.perf_counter()
         try:
@@ -116,14 +122,16 @@ def _from_message(response: Any) -> dict[str, Any]:
     }
 
 
-def _unreachable(where: str, why: str, flag: str) -> str:
+def unreachable(where: str, why: str, flag: str) -> str:
+    """What to tell where nothing answers at `where`, which `flag` sets."""
     return (
         f"cannot reach a gateway at {where} ({why}). Start one with `miaotui up`, "
         f"or say where it is with {flag}."
     )
 
 
-def _problem(url: str, status: int, content: bytes) -> str:
+def problem_text(url: str, status: int, content: bytes) -> str:
+    """What to tell of a reply that is no success."""
     import json
 
     try:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import grpc
 from grpc_health.v1 import health_pb2
 
-from services.rpc.tls import channel_credentials
+from services.rpc.tls import blocking_channel
 
 SECONDS = 3.0
 
@@ -36,14 +36,7 @@ def healthy(target: str) -> bool | None:
 
 
 def _grpc(target: str) -> bool:
-    tls = channel_credentials()
-    if tls is None:
-        channel = grpc.insecure_channel(target)
-    else:
-        credentials, name = tls
-        options = [("grpc.ssl_target_name_override", name)] if name else []
-        channel = grpc.secure_channel(target, credentials, options=options)
-    with channel:
+    with blocking_channel(target) as channel:
         check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
             request_serializer=health_pb2.HealthCheckRequest.SerializeToString,

@@ -74,6 +74,16 @@ def channel_credentials() -> tuple[grpc.ChannelCredentials, str] | None:
     return credentials, settings.tls_server_name
 
 
+def blocking_channel(target: str) -> grpc.Channel:
+    """A channel for code without an event loop, over TLS where `MIAOTUI_TLS_DIR` is set."""
+    tls = channel_credentials()
+    if tls is None:
+        return grpc.insecure_channel(target)
+    credentials, name = tls
+    options = [("grpc.ssl_target_name_override", name)] if name else []
+    return grpc.secure_channel(target, credentials, options=options)
+
+
 def server_credentials() -> grpc.ServerCredentials | None:
     """Credentials of a server; `None`: plain text.
 

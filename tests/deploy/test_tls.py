@@ -7,6 +7,8 @@ import os
 import shutil
 import socket
 import ssl
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +25,7 @@ from services.rpc.server import RpcServer
 from services.rpc.tls import CA, CERTIFICATE, KEY
 from tests.deploy.conftest import Stacks
 from tests.deploy.stack import answered
+from tests.processes import clean_environment
 
 QUESTION = "Who was the first photographer of the mountain?"
 CONTEXT = "The lighthouse keeper Wilhelmina Oosterhuis took the first photograph in 1887. " * 4
@@ -77,6 +80,24 @@ async def test_only_clients_of_the_same_authority_get_in(
     # And one in plain text is not afraid of strangers, so that the refusals above mean something.
     plain = stacks.plain.address(service, port)
     assert await health(aio.insecure_channel(plain)) == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_miaotui_ask_over_tls(stacks: Stacks) -> None:
+    target = stacks.tls.address("gateway", "50050")
+    arguments = ["ask", QUESTION, "--context", CONTEXT, "--grpc", target]
+
+    def ask(**environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "miaotui.cli", *arguments],
+            env={**clean_environment(), **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    # In a thread: the relays need this one.
+    done = await asyncio.to_thread(ask, MIAOTUI_TLS_DIR=str(stacks.tls.tls_dir))
+    assert done.returncode == 0, done.stderr
+    assert (await asyncio.to_thread(ask)).returncode != 0
 
 
 async def test_a_server_by_another_name_is_not_trusted(
