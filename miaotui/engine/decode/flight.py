@@ -1,15 +1,109 @@
-"""What a batch carries, and whether what comes back fits it."""
+"""Batches on their way: what they carry, their order, and whether what comes back fits."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 import time
+from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from miaotui.engine.batch import Batch, SequenceMeta
+from miaotui.engine.batch import Batch, DropCode, SequenceMeta
 from miaotui.engine.decode.scheduler import Plan, Slice
 from miaotui.engine.decode.types import DecodeSlice, SampledTokens, TokenIds
+
+log = logging.getLogger(__name__)
+
+
+class Flights:
+    """The batches in the pipeline. Stage 0 computes and sends them in the order planned."""
+
+    def __init__(
+        self,
+        *,
+        compute: Callable[[Batch, TokenIds], Awaitable[None]],
+        send: Callable[[Batch], Awaitable[None]] | None,
+        landed: Callable[[Batch], None],
+        broke: Callable[[str], None],
+    ) -> None:
+        """`landed`: takes a batch that goes no further; `broke`: is told that a link has."""
+        self.decoding = 0
+        """Batches with `Plan.decodes`."""
+        self._compute = compute
+        self._send = send
+        self._landed = landed
+        self._broke = broke
+        self._plans: dict[int, Plan] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._last_sent: asyncio.Future[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def start(self, batch: Batch, input_ids: TokenIds, plan: Plan) -> None:
+        """Sends a batch on its way."""
+        self._plans[batch.batch_id] = plan
+        self.decoding += plan.decodes
+        batch.in_flight = len(self._plans)
+        before = self._last_sent
+        self._last_sent = sent = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(self._run(batch, input_ids, before, sent))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def land(self, batch_id: int) -> Plan | None:
+        """What was planned for a batch that is back; None: the pipeline broke meanwhile."""
+        plan = self._plans.pop(batch_id, None)
+        if plan is not None:
+            self.decoding -= plan.decodes
+        return plan
+
+    def lose(self) -> None:
+        """The pipeline broke: nothing will come back."""
+        self._plans.clear()
+        self.decoding = 0
+        # A call that hangs on the old link must not hold up the new one.
+        self._last_sent = None
+
+    async def _run(
+        self,
+        batch: Batch,
+        input_ids: TokenIds,
+        before: asyncio.Future[None] | None,
+        sent: asyncio.Future[None],
+    ) -> None:
+        try:
+            if batch.batch_id not in self._plans:
+                return  # the pipeline broke before this turn of the loop
+            # A batch set out alone leaves other cores idle; what joins it meanwhile counts.
+            batch.in_flight = max(batch.in_flight, len(self._plans))
+            try:
+                await self._compute(batch, input_ids)
+            except Exception:
+                # Its requests would wait for ever otherwise.
+                log.exception("stage 0 could not compute batch %d", batch.batch_id)
+                batch.fail(DropCode.INTERNAL, "stage 0 failed to compute; see its log")
+            if before is not None:
+                await before
+            if batch.batch_id not in self._plans:
+                return  # the pipeline broke meanwhile
+            if self._send is None or not batch.sequences:
+                self._landed(batch)
+                return
+            try:
+                await self._send(batch)
+            except ConnectionError as error:
+                if batch.batch_id in self._plans:
+                    self._broke(str(error))
+            except Exception:
+                log.exception("stage 0 could not send batch %d", batch.batch_id)
+                batch.fail(DropCode.INTERNAL, "stage 0 failed to send a batch; see its log")
+                self._landed(batch)
+        finally:
+            if not sent.done():
+                sent.set_result(None)
 
 
 def load(batch_id: int, plan: Plan, block_tokens: int) -> tuple[Batch, TokenIds]:

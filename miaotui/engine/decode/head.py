@@ -9,8 +9,8 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
-from miaotui.engine.batch import Batch, DropCode
-from miaotui.engine.decode.flight import fits, load
+from miaotui.engine.batch import Batch
+from miaotui.engine.decode.flight import Flights, fits, load
 from miaotui.engine.decode.observe import GenerationObserver
 from miaotui.engine.decode.requests import OpenRequest, Sink, ending
 from miaotui.engine.decode.scheduler import DecodeScheduler, Plan, Slice
@@ -71,13 +71,10 @@ class GenerationHead:
         self.settings = settings
         self.scheduler = DecodeScheduler(settings)
         self.observer = GenerationObserver(self.scheduler)
-        self._compute = compute
-        self._send = send
+        self._flights = Flights(
+            compute=compute, send=send, landed=self._unsent, broke=self.pipeline_down
+        )
         self._requests: dict[str, OpenRequest] = {}
-        self._flights: dict[int, Plan] = {}
-        self._decoding = 0
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._last_sent: asyncio.Future[None] | None = None
         self._batch_ids = itertools.count(1)
         self._request_ids = itertools.count(1)
         self._texts = 0
@@ -234,10 +231,7 @@ class GenerationHead:
         self._down_since = time.monotonic()
         loop = asyncio.get_running_loop()
         self._give_up = loop.call_later(self.settings.grace, self._fail_all)
-        self._flights.clear()
-        self._decoding = 0
-        # A call that hangs on the old link must not hold up the new one.
-        self._last_sent = None
+        self._flights.lose()
         replay = self.scheduler.reset()
         for text in replay:
             text.attempts += 1
@@ -251,10 +245,9 @@ class GenerationHead:
 
     def complete(self, batch: Batch) -> None:
         """Takes a batch's results."""
-        plan = self._flights.pop(batch.batch_id, None)
+        plan = self._flights.land(batch.batch_id)
         if plan is None:
             return  # of a pipeline that broke meanwhile: its texts are computed again
-        self._decoding -= plan.decodes
         live = [item for item in plan.slices if item.live]
         sampled = {item.sequence_id: item for item in batch.sampled or ()}
         problem = batch.dropped[0].message if batch.dropped else ""
@@ -285,20 +278,20 @@ class GenerationHead:
         self._pumping = False
         scheduler = self.scheduler
         while self._ready:
-            plan = scheduler.plan(in_flight=len(self._flights), decoding=self._decoding)
+            plan = scheduler.plan(in_flight=len(self._flights), decoding=self._flights.decoding)
             if plan is None:
                 return
             batch, input_ids = load(next(self._batch_ids), plan, scheduler.tables.block_tokens)
             batch.released, scheduler.released = scheduler.released, []
             self._departs(plan)
-            self._flights[batch.batch_id] = plan
-            self._decoding += plan.decodes
-            batch.in_flight = len(self._flights)
-            before = self._last_sent
-            self._last_sent = sent = asyncio.get_running_loop().create_future()
-            task = asyncio.create_task(self._run(batch, input_ids, before, sent))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._flights.start(batch, input_ids, plan)
+
+    def _unsent(self, batch: Batch) -> None:
+        """Takes a batch that went no further than stage 0."""
+        if batch.dropped:
+            # The stages behind have not heard of these yet.
+            self.scheduler.released.extend(batch.released)
+        self.complete(batch)
 
     def _departs(self, plan: Plan) -> None:
         self.observer.sent(plan)
@@ -309,47 +302,6 @@ class GenerationHead:
                 work.usage.cached_tokens = item.start
                 work.usage.queue_seconds = time.monotonic() - work.arrived
                 self.observer.begun(work.usage.queue_seconds)
-
-    async def _run(
-        self,
-        batch: Batch,
-        input_ids: TokenIds,
-        before: asyncio.Future[None] | None,
-        sent: asyncio.Future[None],
-    ) -> None:
-        try:
-            if batch.batch_id not in self._flights:
-                return  # the pipeline broke before this turn of the loop
-            # A batch set out alone leaves other cores idle; what joins it meanwhile counts.
-            batch.in_flight = max(batch.in_flight, len(self._flights))
-            try:
-                await self._compute(batch, input_ids)
-            except Exception:
-                # Its requests would wait for ever otherwise.
-                log.exception("stage 0 could not compute batch %d", batch.batch_id)
-                batch.fail(DropCode.INTERNAL, "stage 0 failed to compute; see its log")
-            if before is not None:
-                await before
-            if batch.batch_id not in self._flights:
-                return  # the pipeline broke meanwhile
-            if self._send is None or not batch.sequences:
-                if batch.dropped:
-                    # No stage has heard of these.
-                    self.scheduler.released.extend(batch.released)
-                self.complete(batch)
-                return
-            try:
-                await self._send(batch)
-            except ConnectionError as error:
-                if batch.batch_id in self._flights:
-                    self.pipeline_down(str(error))
-            except Exception:
-                log.exception("stage 0 could not send batch %d", batch.batch_id)
-                batch.fail(DropCode.INTERNAL, "stage 0 failed to send a batch; see its log")
-                self.complete(batch)
-        finally:
-            if not sent.done():
-                sent.set_result(None)
 
     # -- results -----------------------------------------------------------------------------
 
