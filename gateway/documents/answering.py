@@ -110,6 +110,7 @@ class CollectionAnswerer:
                 span.start,
                 span.end,
                 span.logit,
+                span.score,
                 # Of the passage's best span, "no answer" stands this much above it.
                 stored.no_answer_score + stored.spans[0].logit,
             )

@@ -23,7 +23,8 @@ def show_reply(console: Console, asked: Asked, reply: Reply) -> None:
     body = reply.body
     parts: list[RenderableType] = [_labelled("Q", "bold cyan", Text(asked.question))]
     if not body["answerable"]:
-        text = Text("the passage does not say", style="italic")
+        whose = "your documents do" if "collection" in body else "the passage does"
+        text = Text(f"{whose} not say", style="italic")
         text.append(f"   (no-answer score {body['no_answer_score']:+.2f})", style="dim")
         parts.append(_labelled("A", "bold yellow", text))
     for rank, answer in enumerate(body["answers"]):
@@ -36,8 +37,9 @@ def show_reply(console: Console, asked: Asked, reply: Reply) -> None:
         )
         parts.append(_labelled("A" if best else str(rank + 1), style, text))
         if best:
-            sentence = highlight(asked.context, answer["start"], answer["end"])
-            parts.append(Padding(sentence, (0, 0, 0, 3)))
+            parts.append(Padding(_sentence(asked, body, answer), (0, 0, 0, 3)))
+        if "source" in answer:
+            parts.append(Padding(_source(answer), (0, 0, 0, 3)))
     console.print(Group(*parts), highlight=False)
     console.print(Padding(_timings(body, reply.milliseconds), (1, 0, 0, 3)))
     console.print(
@@ -46,6 +48,25 @@ def show_reply(console: Console, asked: Asked, reply: Reply) -> None:
         style="dim",
         highlight=False,
     )
+
+
+def _sentence(asked: Asked, body: dict[str, Any], answer: dict[str, Any]) -> Text:
+    """The answer's sentence, out of the passage asked about or of the document's passage."""
+    if "source" not in answer:
+        return highlight(asked.context, answer["start"], answer["end"])
+    passage = body["passages"][answer["passage"]]
+    begin = passage["start"]
+    return highlight(passage["text"], answer["start"] - begin, answer["end"] - begin)
+
+
+def _source(answer: dict[str, Any]) -> Text:
+    """Where in which document the answer stands."""
+    parts = [answer["source"]]
+    if answer["page"] is not None:
+        parts.append(f"page {answer['page']}")
+    if answer["heading"]:
+        parts.append(answer["heading"])
+    return Text(", ".join(parts), style="cyan")
 
 
 def highlight(context: str, start: int, end: int) -> Text:

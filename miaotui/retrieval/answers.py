@@ -19,12 +19,14 @@ RETRIEVAL_WEIGHT = 12.0
 # is that near in meaning: of five passages, one will always look like an answer to the reader.
 LEAST_COVERAGE: Mapping[str, float] = {"en": 0.3, "zh": 0.15}
 NEAR = 0.5
+_LEAST_SHARE = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
 class SpanReading:
     """A span found in a passage. Logits are the reader's.
 
+    `share`: the span's probability among all spans of its passage and "no answer", above 0;
     `no_answer_logit`: that of "no answer" in the same passage.
     """
 
@@ -32,30 +34,39 @@ class SpanReading:
     start: int
     end: int
     logit: float
+    share: float
     no_answer_logit: float
 
 
 @dataclass(frozen=True, slots=True)
 class RankedSpan:
-    """A span in the order of all; `score`: its share among all of them and "no answer"."""
+    """A span in the order of all; `score`: its probability among all spans of all passages
+    and "no answer"."""
 
     reading: SpanReading
     score: float
 
 
 def rank_spans(spans: Sequence[SpanReading], found: Sequence[Ranked]) -> list[RankedSpan]:
-    """All spans of all passages, best first; `SpanReading.passage` indexes `found`."""
+    """All spans of all passages, best first; `SpanReading.passage` indexes `found`.
+
+    In each passage, "no answer" has weight 1 and the spans what their logits say; retrieval
+    lowers the spans of passages that it ranks lower.
+    """
     if not spans:
         return []
     top = max(ranked.score for ranked in found)
-    weights = [
-        span.logit - span.no_answer_logit + RETRIEVAL_WEIGHT * (found[span.passage].score - top)
-        for span in spans
-    ]
-    most = max(0.0, *weights)
-    mass = math.exp(-most) + sum(math.exp(weight - most) for weight in weights)
+    priors = [RETRIEVAL_WEIGHT * (ranked.score - top) for ranked in found]
+    weights = [span.logit - span.no_answer_logit + priors[span.passage] for span in spans]
+    # A passage's spans, listed or not, weigh together what one of them says they do.
+    masses = {
+        span.passage: weight - math.log(max(span.share, _LEAST_SHARE))
+        for span, weight in zip(spans, weights, strict=True)
+    }
+    most = max(0.0, *masses.values())
+    total = math.exp(-most) + sum(math.exp(mass - most) for mass in masses.values())
     order = sorted(range(len(spans)), key=lambda i: (-weights[i], i))
-    return [RankedSpan(spans[i], math.exp(weights[i] - most) / mass) for i in order]
+    return [RankedSpan(spans[i], math.exp(weights[i] - most) / total) for i in order]
 
 
 def language_of(question: str) -> str:
