@@ -157,7 +157,7 @@ class DecodeScheduler:
             slices: list[Slice] = []
             preemptions = self.preemptions
             if self._ready and decoding < settings.groups:
-                slices = self._decode()
+                slices = self._decode(settings.groups - decoding)
             elif decoding and in_flight >= settings.stages:
                 # Every stage has work, so prompts wait for company: one reading of the weights
                 # serves them and the next tokens of the others.
@@ -178,15 +178,14 @@ class DecodeScheduler:
             while not self._place(text, shared, spare=0):
                 self._preempt()
                 shared, _ = self.tables.find(text)
-        slices: list[Slice] = []
-        self._chunk(slices, text, self.settings.batch_tokens, 0)
-        return Plan(slices, decodes=False)
+        return Plan([self._chunk(text, self.settings.batch_tokens, 0)], decodes=False)
 
-    def _decode(self) -> list[Slice]:
-        """The next tokens of a share of the texts that are ready."""
+    def _decode(self, batches: int) -> list[Slice]:
+        """The next tokens of a share of the texts that are ready, for one of so many batches."""
         writing = len(self._running) - len(self._prefill)
-        share = min(-(-writing // self.settings.groups), self.settings.batch_tokens)
-        texts = [self._ready.popitem(last=False)[0] for _ in range(min(share, len(self._ready)))]
+        share = min(-(-writing // self.settings.groups), -(-len(self._ready) // batches))
+        share = min(share, self.settings.batch_tokens)
+        texts = [self._ready.popitem(last=False)[0] for _ in range(share)]
         # The earliest first: then whoever gives way to one comes after it.
         texts.sort(key=by_order)
         texts = [text for text in texts if text.state is State.READY and self._grow(text)]
@@ -245,31 +244,46 @@ class DecodeScheduler:
             # No text is being written that this could delay: as much as keeps all stages busy.
             share = -(-unsent // settings.stages)
             budget = min(budget, max(share, settings.chunk_tokens))
+        mine: list[Slice] = []
         for text in list(self._prefill):
-            if budget < 1:
-                return
-            unsent -= text.left
-            budget -= self._chunk(slices, text, budget, unsent)
+            if budget > 0:
+                unsent -= text.left
+                mine.append(self._chunk(text, budget, unsent))
+                budget -= mine[-1].length
         while admit and budget > 0 and len(self._running) < settings.max_running:
             admitted = self._admit()
             if admitted is None:
-                return
+                break
             unsent -= admitted.length
-            budget -= self._chunk(slices, admitted, budget, unsent)
+            mine.append(self._chunk(admitted, budget, unsent))
+            budget -= mine[-1].length
+        for item in mine:
+            # What was left to others, but they could not use.
+            budget -= self._lengthen(item, budget)
+        slices.extend(mine)
 
-    def _chunk(self, slices: list[Slice], text: Text, budget: int, others: int) -> int:
-        # A long prompt leaves half to those behind it, as far as they can use it.
-        length = min(text.left, max(budget - max(others, 0), -(-budget // 2)))
-        last = length == text.left
+    def _chunk(self, text: Text, budget: int, others: int) -> Slice:
+        """The next part of a prompt; `others`: tokens that wait behind it."""
         first = not text.sequence_id
         if first:
             text.sequence_id = next(self._ids)
-        slices.append(Slice(text, text.sequence_id, text.sent, length, int(last), NO_TOKENS, first))
-        text.sent += length
-        if last:
-            self._prefill.remove(text)
-            text.state = State.FLYING
-        return length
+        item = Slice(text, text.sequence_id, text.sent, 0, 0, NO_TOKENS, first)
+        # A long prompt leaves half to those behind it, as far as they can use it.
+        self._lengthen(item, max(budget - max(others, 0), -(-budget // 2)))
+        return item
+
+    def _lengthen(self, item: Slice, budget: int) -> int:
+        """Adds so many more of a prompt's tokens to its part; returns how many there were."""
+        text = item.text
+        more = min(text.left, budget)
+        if more > 0:
+            item.length += more
+            text.sent += more
+            if not text.left:
+                self._prefill.remove(text)
+                text.state = State.FLYING
+                item.samples = 1
+        return more
 
     def _admit(self) -> Text | None:
         """Lets the next text that waits in, if there is room."""

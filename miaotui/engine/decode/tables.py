@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from miaotui.engine.decode.blocks import BlockHasher, BlockPool
 from miaotui.engine.decode.sequence import Text
 
+# Of what a text would have to compute; below, a wait costs more than it saves.
+_WORTH_WAITING = 0.25
+
 
 class BlockTables:
     """Gives texts their KV blocks. Not thread-safe.
@@ -69,7 +72,8 @@ class BlockTables:
     def find(self, text: Text) -> tuple[list[int], bytes | None]:
         """The blocks that a text need not compute, and one that is worth waiting for.
 
-        That is the last one of its beginning that another text is computing right now.
+        That is the last one of its beginning that another text is computing right now, if
+        those make up a good part of what it would have to compute itself.
         """
         if not self._sharing:
             return [], None
@@ -81,10 +85,15 @@ class BlockTables:
         worth = None
         if len(shared) < usable:
             owner = self._pending.get(text.digests[len(shared)])
+            upcoming = 0
             for digest in text.digests[len(shared) : usable]:
                 if owner is None or self._pending.get(digest) is not owner:
                     break
                 worth = digest
+                upcoming += 1
+            left = text.length - len(shared) * self.block_tokens
+            if upcoming * self.block_tokens < _WORTH_WAITING * left:
+                worth = None
         return shared, worth
 
     def place(self, text: Text, shared: list[int], spare: int) -> bool:
