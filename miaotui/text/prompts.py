@@ -111,20 +111,20 @@ class PromptTokenizer:
         spells: text must not be able to end its own turn."""
         if not chat.messages:
             raise PromptError("chat.messages", "is empty; send at least one message")
-        self._check_size("chat", sum(len(str(message)) for message in chat.messages))
         if not self.has_chat_template:
             raise PromptError(
                 "chat", "this model has no chat template; send a text, or add chat_template.jinja"
             )
         from jinja2.exceptions import TemplateError
 
-        messages = self._guarded(chat.messages, options)
-        if not self._knows_developer:
-            # OpenAI's newer name of the role; templates that do not know it drop or refuse it.
-            for message in messages:
-                if message.get("role") == "developer":
-                    message["role"] = "system"
         try:
+            self._check_size("chat", sum(len(str(message)) for message in chat.messages))
+            messages = self._guarded(chat.messages, options)
+            if not self._knows_developer:
+                # OpenAI's newer name of the role; templates that do not know it refuse it.
+                for message in messages:
+                    if message.get("role") == "developer":
+                        message["role"] = "system"
             return str(
                 self._tokenizer.apply_chat_template(
                     messages,
@@ -135,6 +135,8 @@ class PromptTokenizer:
                     **chat.variables,
                 )
             )
+        except TextTooLargeError:
+            raise
         except TemplateError as error:
             reason = (error.message or type(error).__name__)[:_MESSAGE_CHARACTERS]
             raise PromptError("chat", f"the model's chat template refuses it: {reason}") from None

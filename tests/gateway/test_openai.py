@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -609,4 +610,46 @@ async def test_errors_on_these_paths_have_their_shape(writer_gateway: Gateway) -
         assert response.status_code == status
         assert response.headers["content-type"] == "application/json"
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert "Traceback" not in writer_gateway.process.log
+
+
+DEEP: Any = "x"
+for _ in range(300):
+    DEEP = [DEEP]
+ODD: list[Any] = [
+    *(None, True, 0, -1, 17, 2**31, 2**64, 1e308, -0.5, "", "\ud800", "北\0", [], {}, [None]),
+    *([[]], [[1]], {"a": 1}, [{"type": "text"}], {"type": "json_schema"}, {"1": 1e9}, DEEP),
+    {"d": DEEP},
+]
+CHAT_FIELDS = [
+    *("model", "messages", "temperature", "top_p", "n", "stop", "max_tokens", "seed", "logprobs"),
+    *("logit_bias", "top_logprobs", "response_format", "stream", "stream_options", "top_k"),
+    *("tools", "tool_choice", "chat_template_kwargs", "metadata", "modalities", "draft_tokens"),
+]
+COMPLETION_FIELDS = ["prompt", "echo", "best_of", "suffix", "logprobs", "stop", "n", "stream"]
+
+
+async def test_odd_bodies_are_answered_or_refused(writer_gateway: Gateway, fakes: Fakes) -> None:
+    rng = random.Random(1)
+
+    async def one() -> int:
+        chat = rng.random() < 0.6
+        body: Any = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
+        if chat and rng.random() < 0.3:
+            body["messages"][0][rng.choice(("role", "content", "tool_calls"))] = rng.choice(ODD)
+        for _ in range(rng.randint(0, 2)):
+            body[rng.choice(CHAT_FIELDS if chat else COMPLETION_FIELDS)] = rng.choice(ODD)
+        response = await writer_gateway.http.post(
+            "/v1/chat/completions" if chat else "/v1/completions",
+            content=json.dumps(body),
+            headers={"Content-Type": "application/json"},
+        )
+        assert response.status_code in (200, 400, 404), (body, response.text)
+        assert ("error" in response.text[:12]) == (response.status_code != 200)
+        return response.status_code
+
+    statuses: list[int] = []
+    for _ in range(15):
+        statuses += await asyncio.gather(*(one() for _ in range(30)))
+    assert min(statuses.count(200), statuses.count(400)) > 50
     assert "Traceback" not in writer_gateway.process.log

@@ -24,6 +24,8 @@ from gateway.settings import GatewaySettings
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 
 _Model = TypeVar("_Model", bound=WritingRequest)
+# Far below what exhausts a stack, here or in a chat template.
+MAX_DEPTH = 64
 _ANY_JSON = '{"type":"object"}'
 
 
@@ -236,6 +238,16 @@ def _check_size(characters: int, pointer: str, settings: GatewaySettings) -> Non
 
 
 def _json(value: Any, pointer: str) -> str:
+    inner, depth = [value], 0
+    while inner := [
+        part
+        for outer in inner
+        if isinstance(outer, dict | list)
+        for part in (outer.values() if isinstance(outer, dict) else outer)
+    ]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise _fault(pointer, f"must not be nested deeper than {MAX_DEPTH} levels")
     return _unicode(json.dumps(value, ensure_ascii=False, separators=(",", ":")), pointer)
 
 
