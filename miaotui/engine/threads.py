@@ -24,9 +24,8 @@ def configure_threads() -> None:
             "configure_threads() came after torch was imported; call it first in the service's "
             "main module, before any import that leads to torch"
         )
-    waiting_is_chosen = "OMP_WAIT_POLICY" in os.environ
-    for name, value in openmp_environment().items():
-        if name == "OMP_NUM_THREADS" or not waiting_is_chosen:
+    if "OMP_WAIT_POLICY" not in os.environ:
+        for name, value in openmp_environment().items():
             os.environ.setdefault(name, value)
 
 
@@ -41,11 +40,10 @@ def openmp_environment() -> dict[str, str]:
     covers a layer's gaps, and then sleep.
 
     libgomp keeps a team of threads for every thread that ever ran a parallel loop, and gives
-    up spinning for good once a process has more of them than there are cores. So loops
-    outside of the compute thread, which sets its own number, stay on their thread.
+    up spinning once a process has more of them than there are cores. So only the compute
+    thread may have one; all others of a service must be told to use one thread.
     """
     return {
-        "OMP_NUM_THREADS": "1",
         "GOMP_SPINCOUNT": "40000",  # libgomp: turns of a loop of 10 to 40 ns
         "KMP_BLOCKTIME": "1",  # LLVM's and Intel's: milliseconds
     }

@@ -261,4 +261,6 @@ def main(settings: ShardSettings) -> int:
     """Runs the service; returns the process's exit code: 2 for a configuration error."""
     setup_logging(f"shard-{settings.stage}", settings.log_level)
     torch.set_grad_enabled(False)
+    # Loading and the event loop compute on their own thread; see openmp_environment().
+    torch.set_num_threads(1)
     return run(lambda: serve_shard(settings))
