@@ -7,13 +7,18 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from miaotui import __version__
+from miaotui.cli import write_command
 from miaotui.cli.asking import DEFAULT_URL
+from miaotui.cli.documents import DEFAULT_COLLECTION
+from miaotui.cli.documents import register as register_documents
+from miaotui.cli.serving import serve_app
+from miaotui.cli.shared import Json, Url, fail, read_passage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,20 +32,12 @@ Then, in another terminal:
 
     miaotui ask "When was it built?" --file article.txt
 
+With a model that writes, [bold]miaotui up --generator DIR[/]:
+
+    miaotui write "Explain tides to a child."
+
 [bold]miaotui COMMAND --help[/] explains a command, with examples.""",
 )
-
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-_Url = Annotated[
-    str,
-    typer.Option("--url", envvar="MIAOTUI_URL", help="The gateway's address.", metavar="URL"),
-]
-
-
-def _fail(error: object, code: int = 1) -> NoReturn:
-    # Errors hold paths and quoted text; rich must not take their brackets for markup.
-    Console(stderr=True).print(f"miaotui: {error}", style="red", markup=False, highlight=False)
-    raise typer.Exit(code)
 
 
 def _version(wanted: bool) -> None:
@@ -65,6 +62,10 @@ def _root(
 
   miaotui up --model ./bert --stages 4  another model, in four processes
 
+  miaotui up --generator ./qwen3        a model that writes, beside the one that answers
+
+  miaotui up --no-qa --generator ./llama --generator-stages 3
+
   miaotui up --redis-url redis://127.0.0.1:6379/0
 
   miaotui up --once --ask "How tall is it?" --context-file tower.txt"""
@@ -74,7 +75,8 @@ def up(
         Path | None,
         typer.Option(
             envvar="MIAOTUI_MODEL",
-            help="Hugging Face model directory; without it, the model that Miaotui brings.",
+            help="Hugging Face model directory; without it, the model that Miaotui brings. "
+            "none: as --no-qa.",
             metavar="DIR",
             show_default=False,
         ),
@@ -82,6 +84,22 @@ def up(
     stages: Annotated[
         int, typer.Option("--stages", "-n", min=1, help="Processes to split the model over.")
     ] = 2,
+    generator: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="MIAOTUI_GENERATOR",
+            help="Directory of a model that writes text (Llama, Qwen, Mistral, Gemma, GPT-2); "
+            "serves miaotui write and OpenAI's API.",
+            metavar="DIR",
+            show_default=False,
+        ),
+    ] = None,
+    generator_stages: Annotated[
+        int, typer.Option(min=1, help="Processes to split the generator over.")
+    ] = 2,
+    no_qa: Annotated[
+        bool, typer.Option("--no-qa", help="Start no model that finds answers; with --generator.")
+    ] = False,
     layers: Annotated[
         str,
         typer.Option(help='Layers of each stage, such as "0-3,3-6"; otherwise planned by cost.'),
@@ -148,8 +166,8 @@ def up(
 ) -> None:
     """Start all services on this machine and keep them running.
 
-    A tokenizer service, the model's stages and the gateway run as separate processes.
-    One that dies is started again. Ctrl-C stops all of them.
+    A tokenizer service and the stages of each model, and the gateway, run as separate
+    processes. One that dies is started again. Ctrl-C stops all of them.
     """
     from miaotui.cli.demo import DEMO, Asked
     from miaotui.cli.layout import BUNDLED_MODEL, LayoutError, Wanted, lay_out
@@ -157,12 +175,17 @@ def up(
 
     questions = list(DEMO) if demo else []
     if ask is not None:
-        questions.append(Asked(ask, _passage(context, context_file, "--context-file")))
+        questions.append(Asked(ask, read_passage(context, context_file, "--context-file")))
     elif context is not None or context_file is not None:
-        _fail("--context and --context-file need a question: --ask QUESTION", 2)
+        fail("--context and --context-file need a question: --ask QUESTION", 2)
+    no_qa = no_qa or model == Path("none")
+    if no_qa and questions:
+        fail("--demo and --ask need a model that finds answers: leave --no-qa out", 2)
     wanted = Wanted(
-        model=model or BUNDLED_MODEL,
+        model=None if no_qa else model or BUNDLED_MODEL,
         stages=stages,
+        generator=generator,
+        generator_stages=generator_stages,
         host=host,
         http_port=http_port,
         grpc_port=grpc_port,
@@ -178,7 +201,7 @@ def up(
     try:
         layout = lay_out(wanted)
     except (LayoutError, OSError) as error:
-        _fail(error, 2)
+        fail(error, 2)
     with tempfile.TemporaryDirectory(prefix="miaotui-tls-") as certificates:
         if tls:
             from services.rpc.certificates import make_certificates
@@ -197,7 +220,9 @@ def up(
 
   miaotui ask "什么是BERT模型？" --file article.txt --top-k 3
 
-  cat article.txt | miaotui ask "When?" --json"""
+  cat article.txt | miaotui ask "When?" --json
+
+  miaotui ask "Who signed the treaty?"   from the documents of `miaotui add`"""
 )
 def ask(
     question: Annotated[str, typer.Argument(help="The question.", show_default=False)],
@@ -217,27 +242,48 @@ def ask(
         typer.Option(help="When to say that there is no answer.", show_default=False),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute it anew.")] = False,
-    as_json: _Json = False,
-    url: _Url = DEFAULT_URL,
+    collection: Annotated[
+        str | None,
+        typer.Option(
+            "--collection",
+            "-C",
+            help="Answer from these documents.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
     grpc: Annotated[
         str | None,
         typer.Option(help="Ask over gRPC, at this address.", metavar="HOST:PORT"),
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 30.0,
 ) -> None:
-    """Ask a running Miaotui a question about a passage.
+    """Ask a running Miaotui a question about a passage, or about your documents.
 
-    The passage comes from --context, --file, or standard input.
+    The passage comes from --context, --file, or standard input. Without one, the answer comes
+    from the documents that `miaotui add` has added.
     """
     from miaotui.cli.asking import AskError, Options, ask_grpc, ask_http
     from miaotui.cli.demo import Asked
 
-    asked = Asked(question, _passage(context, file, "--file"))
-    options = Options(top_k, max_answer_length, no_answer_threshold, no_cache, timeout)
+    if collection is not None and (context is not None or file is not None or grpc):
+        fail("--collection goes with neither --context, --file nor --grpc", 2)
+    passage = ""
+    if context is not None or file is not None or grpc:
+        passage = read_passage(context, file, "--file")
+    elif collection is None:
+        passage = (
+            "" if sys.stdin is None or sys.stdin.isatty() else read_passage(None, None, "--file")
+        )
+        collection = None if passage.strip() else DEFAULT_COLLECTION
+    asked = Asked(question, passage)
+    options = Options(top_k, max_answer_length, no_answer_threshold, no_cache, timeout, collection)
     try:
         reply = ask_grpc(grpc, asked, options) if grpc else ask_http(url, asked, options)
     except AskError as error:
-        _fail(error)
+        fail(error)
     if as_json:
         print(json.dumps(reply.body, ensure_ascii=False, indent=2))
         return
@@ -263,7 +309,7 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure the costs here instead of estimating them.")
     ] = False,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Show how a model would be split over stages: layers, sizes, expected cost."""
     from miaotui.cli.layout import BUNDLED_MODEL, LayoutError, check_model
@@ -276,7 +322,7 @@ def plan(
             directory, stages, layers=layers, dtype=dtype, device=device, measure=measure
         )
     except (LayoutError, ValueError, OSError) as error:
-        _fail(error, 2)
+        fail(error, 2)
     if as_json:
         print(json.dumps(planned.as_json(), indent=2))
         return
@@ -284,7 +330,7 @@ def plan(
 
 
 @app.command()
-def models(url: _Url = DEFAULT_URL, as_json: _Json = False) -> None:
+def models(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     """List the models that a running Miaotui serves."""
     from miaotui.cli.asking import AskError
     from miaotui.cli.status import fetch, show_models
@@ -292,7 +338,7 @@ def models(url: _Url = DEFAULT_URL, as_json: _Json = False) -> None:
     try:
         found = fetch(url, "/v1/models")
     except AskError as error:
-        _fail(error)
+        fail(error)
     if as_json:
         print(json.dumps(found, ensure_ascii=False, indent=2))
         return
@@ -300,88 +346,26 @@ def models(url: _Url = DEFAULT_URL, as_json: _Json = False) -> None:
 
 
 @app.command()
-def status(url: _Url = DEFAULT_URL, as_json: _Json = False) -> None:
-    """Show the stages of a running Miaotui and what they hold and do."""
+def status(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+    """Show the stages of a running Miaotui and what they hold and do.
+
+    The exit code is 0 where all models are ready.
+    """
     from miaotui.cli.asking import AskError
-    from miaotui.cli.status import fetch, show_pipeline
+    from miaotui.cli.status import fetch, show_pipelines
 
     try:
         found = fetch(url, "/v1/pipeline")
     except AskError as error:
-        _fail(error)
+        fail(error)
     if as_json:
         print(json.dumps(found, ensure_ascii=False, indent=2))
+        ready = all(one["ready"] for one in (found, *found["others"]))
     else:
-        show_pipeline(Console(), found)
-    raise typer.Exit(0 if found["ready"] else 1)
+        ready = show_pipelines(Console(), found)
+    raise typer.Exit(0 if ready else 1)
 
 
-_SERVE_SETTINGS = {
-    "allow_extra_args": True,
-    "ignore_unknown_options": True,
-    "help_option_names": [],  # the service's own flags follow, --help among them
-}
-serve_app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    help="""Run one service in the foreground, for a Miaotui spread over several machines.
-
-Each takes its settings as flags or from the environment; \
-[bold]miaotui serve shard --help[/] lists them.""",
-    epilog="""[bold]Example[/]: two stages on two machines
-
-  a$ miaotui serve tokenizer --model ./qa
-
-  a$ miaotui serve shard --model ./qa --stage 0 --stages a:50060,b:50060
-
-  b$ miaotui serve shard --model ./qa --stage 1 --stages a:50060,b:50060
-
-  a$ miaotui serve gateway --tokenizer a:50051 --shard a:50060""",
-)
+app.command(epilog=write_command.EPILOG)(write_command.write)
+register_documents(app)
 app.add_typer(serve_app, name="serve")
-
-
-@serve_app.command("tokenizer", context_settings=_SERVE_SETTINGS)
-def serve_tokenizer(context: typer.Context) -> None:
-    """Clean and tokenise text."""
-    _serve("tokenizer", context)
-
-
-@serve_app.command("shard", context_settings=_SERVE_SETTINGS)
-def serve_shard(context: typer.Context) -> None:
-    """Hold one stage of the model."""
-    _serve("shard", context)
-
-
-@serve_app.command("gateway", context_settings=_SERVE_SETTINGS)
-def serve_gateway(context: typer.Context) -> None:
-    """Answer over HTTP and gRPC."""
-    _serve("gateway", context)
-
-
-def _serve(service: str, context: typer.Context) -> None:
-    from miaotui.cli.serve import serve
-
-    serve(service, context.args)
-
-
-def _passage(context: str | None, file: Path | None, flag: str) -> str:
-    """The passage from the flag, the file, or standard input."""
-    if context is not None and file is not None:
-        _fail(f"give the passage once: either --context or {flag}", 2)
-    if context is not None:
-        return context
-    if file is None and (sys.stdin is None or sys.stdin.isatty()):
-        _fail(f"there is no passage. Give it with --context TEXT or {flag} FILE", 2)
-    try:
-        data = file.read_bytes() if file is not None else sys.stdin.buffer.read()
-    except OSError as error:
-        _fail(f"cannot read {file}: {os.strerror(error.errno or 0)}", 2)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        _fail(
-            f"{file or 'standard input'} is not UTF-8 text (byte {error.start}). Convert it, "
-            "for example with iconv -f GB18030 -t UTF-8",
-            2,
-        )

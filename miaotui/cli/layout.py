@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,9 @@ from miaotui.cli.supervisor import Service
 
 BUNDLED_MODEL = Path(__file__).parent.parent / "bundled" / "qa"
 HTTP_PORT, GRPC_PORT, TOKENIZER_PORT, SHARD_PORT = 8080, 50050, 50051, 50060
+GENERATOR_TOKENIZER_PORT, GENERATOR_SHARD_PORT = 50052, 50080
+# Models come from the directory given; nothing may wait for a hub that is not asked.
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 class LayoutError(ValueError):
@@ -22,8 +26,12 @@ class LayoutError(ValueError):
 class Wanted:
     """What the user asked of `miaotui up`. A port of 0 means any free one."""
 
-    model: Path
+    # The model that finds answers; None: none.
+    model: Path | None
     stages: int
+    # The model that writes text; None: none.
+    generator: Path | None = None
+    generator_stages: int = 2
     host: str = "127.0.0.1"
     http_port: int = HTTP_PORT
     grpc_port: int = GRPC_PORT
@@ -45,10 +53,14 @@ class Layout:
     services: tuple[Service, ...]
     url: str
     grpc_target: str
+    answers: bool = True
+    """Whether there is a model that finds answers."""
+    writes: bool = False
+    """Whether there is a model that writes text."""
     notes: tuple[str, ...] = field(default=())
 
 
-def check_model(model: Path) -> None:
+def check_model(model: Path, flag: str = "--model") -> None:
     """Raises `LayoutError` unless `model` looks like a model directory."""
     if not (model / "config.json").is_file():
         if model == BUNDLED_MODEL:
@@ -59,32 +71,96 @@ def check_model(model: Path) -> None:
             )
         problem = "has no config.json" if model.is_dir() else "is not a directory"
         raise LayoutError(
-            f"{model} {problem}. --model takes a Hugging Face model directory, with "
+            f"{model} {problem}. {flag} takes a Hugging Face model directory, with "
             "config.json, the tokenizer's files and *.safetensors."
         )
 
 
+def _check(wanted: Wanted) -> None:
+    if wanted.model is None and wanted.generator is None:
+        raise LayoutError(
+            "there is no model to serve. Leave --no-qa out, or name a model that writes with "
+            "--generator DIR"
+        )
+    for model, stages, flag, kind in (
+        (wanted.model, wanted.stages, "--model", "extractive"),
+        (wanted.generator, wanted.generator_stages, "--generator", "generative"),
+    ):
+        if model is None:
+            continue
+        check_model(model, flag)
+        if (found := _kind(model)) not in (kind, ""):
+            wrong = "finds answers and writes no text" if found == "extractive" else "writes text"
+            other = "--model" if found == "extractive" else "--generator"
+            raise LayoutError(f"{flag} {model}: this model {wrong}; give it with {other}")
+        if stages < 1:
+            many = "--stages" if kind == "extractive" else "--generator-stages"
+            raise LayoutError(f"{many} must be at least 1, not {stages}")
+
+
+def _kind(model: Path) -> str:
+    """What a model does, as far as its directory says so; the services look closer."""
+    try:
+        config = json.loads((model / "config.json").read_text("utf-8"))
+        names = " ".join(config.get("architectures") or ())
+    except (ValueError, AttributeError, TypeError):
+        return ""
+    if "QuestionAnswering" in names:
+        return "extractive"
+    return "generative" if "CausalLM" in names or "LMHead" in names else ""
+
+
 def lay_out(wanted: Wanted) -> Layout:
     """Chooses ports and builds the processes' settings. Raises `LayoutError`."""
-    check_model(wanted.model)
-    if wanted.stages < 1:
-        raise LayoutError(f"--stages must be at least 1, not {wanted.stages}")
+    _check(wanted)
     chosen = _Ports(wanted)
-    model = str(wanted.model.resolve())
-    tokenizer = f"127.0.0.1:{chosen.tokenizer}"
-    stages = [f"127.0.0.1:{port}" for port in chosen.shards]
     client_host = "127.0.0.1" if wanted.host in ("0.0.0.0", "::") else wanted.host
     url = f"http://{client_host}:{chosen.http}"
-    grpc_target = f"{client_host}:{chosen.grpc}"
-    # Models come from the directory given; nothing may wait for a hub that is not asked.
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    gateway = {
+        **_OFFLINE,
+        "MIAOTUI_GATEWAY_HTTP_LISTEN": f"{wanted.host}:{chosen.http}",
+        "MIAOTUI_GATEWAY_GRPC_LISTEN": f"{wanted.host}:{chosen.grpc}",
+        "MIAOTUI_GATEWAY_LOG_LEVEL": wanted.log_level.lower(),
+    }
+    services: list[Service] = []
+    for prefix, model, layers, ring in (
+        ("", wanted.model, wanted.layers, chosen.answering),
+        ("generator-", wanted.generator, "", chosen.writing),
+    ):
+        tokenizer, stages = "", [""]
+        if model is not None:
+            tokenizer = f"127.0.0.1:{ring.tokenizer}"
+            stages = [f"127.0.0.1:{port}" for port in ring.shards]
+            services += _model_services(prefix, model, layers, tokenizer, stages, wanted)
+        name = prefix.replace("-", "_").upper()
+        gateway[f"MIAOTUI_GATEWAY_{name}TOKENIZER"] = tokenizer
+        gateway[f"MIAOTUI_GATEWAY_{name}SHARD"] = stages[0]
+    if wanted.redis_url:
+        gateway["REDIS_URL"] = wanted.redis_url
+    argv = (sys.executable, "-m", "gateway")
+    services.append(Service("gateway", argv, gateway, http_probe(f"{url}/readyz"), stop_order=0))
+    return Layout(
+        tuple(services),
+        url,
+        f"{client_host}:{chosen.grpc}",
+        answers=wanted.model is not None,
+        writes=wanted.generator is not None,
+        notes=tuple(chosen.notes),
+    )
+
+
+def _model_services(
+    prefix: str, model: Path, layers: str, tokenizer: str, stages: list[str], wanted: Wanted
+) -> list[Service]:
+    """A model's tokenizer service and its stages; `prefix` is that of their names."""
+    directory = str(model.resolve())
     services = [
         Service(
-            "tokenizer",
+            f"{prefix}tokenizer",
             (sys.executable, "-m", "services.tokenizer"),
             {
-                **offline,
-                "MIAOTUI_TOKENIZER_MODEL": model,
+                **_OFFLINE,
+                "MIAOTUI_TOKENIZER_MODEL": directory,
                 "MIAOTUI_TOKENIZER_LISTEN": tokenizer,
                 "MIAOTUI_TOKENIZER_LOG_LEVEL": wanted.log_level.lower(),
             },
@@ -95,15 +171,15 @@ def lay_out(wanted: Wanted) -> Layout:
     for index, address in enumerate(stages):
         services.append(
             Service(
-                f"shard-{index}",
+                f"{prefix}shard-{index}",
                 (sys.executable, "-m", "services.shard"),
                 {
-                    **offline,
-                    "MIAOTUI_SHARD_MODEL": model,
+                    **_OFFLINE,
+                    "MIAOTUI_SHARD_MODEL": directory,
                     "MIAOTUI_SHARD_STAGE": str(index),
                     "MIAOTUI_SHARD_STAGES": ",".join(stages),
                     "MIAOTUI_SHARD_LISTEN": address,
-                    "MIAOTUI_SHARD_LAYERS": wanted.layers,
+                    "MIAOTUI_SHARD_LAYERS": layers,
                     "MIAOTUI_SHARD_DTYPE": wanted.dtype,
                     "MIAOTUI_SHARD_WIRE_DTYPE": wanted.wire_dtype,
                     "MIAOTUI_SHARD_DEVICE": wanted.device,
@@ -113,26 +189,15 @@ def lay_out(wanted: Wanted) -> Layout:
                 stop_order=1,
             )
         )
-    gateway = {
-        **offline,
-        "MIAOTUI_GATEWAY_HTTP_LISTEN": f"{wanted.host}:{chosen.http}",
-        "MIAOTUI_GATEWAY_GRPC_LISTEN": f"{wanted.host}:{chosen.grpc}",
-        "MIAOTUI_GATEWAY_TOKENIZER": tokenizer,
-        "MIAOTUI_GATEWAY_SHARD": stages[0],
-        "MIAOTUI_GATEWAY_LOG_LEVEL": wanted.log_level.lower(),
-    }
-    if wanted.redis_url:
-        gateway["REDIS_URL"] = wanted.redis_url
-    services.append(
-        Service(
-            "gateway",
-            (sys.executable, "-m", "gateway"),
-            gateway,
-            http_probe(f"{url}/readyz"),
-            stop_order=0,
-        )
-    )
-    return Layout(tuple(services), url, grpc_target, tuple(chosen.notes))
+    return services
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """A model's ports."""
+
+    tokenizer: int = 0
+    shards: tuple[int, ...] = ()
 
 
 class _Ports:
@@ -143,14 +208,19 @@ class _Ports:
         self.notes: list[str] = []
         self.http = self._outside(wanted.host, wanted.http_port, HTTP_PORT, "--http-port")
         self.grpc = self._outside(wanted.host, wanted.grpc_port, GRPC_PORT, "--grpc-port")
-        self.tokenizer = self._inside(wanted.tokenizer_port, TOKENIZER_PORT, "--tokenizer-port")
-        self.shards: list[int] = []
-        for index in range(wanted.stages):
-            if wanted.shard_port is None:
-                self.shards.append(self._inside(None, SHARD_PORT + index, "--shard-port"))
-            else:
-                port = wanted.shard_port + index if wanted.shard_port else 0
-                self.shards.append(self._inside(port, SHARD_PORT + index, "--shard-port"))
+        self.answering = self.writing = _Ring()
+        if wanted.model is not None:
+            tokenizer = self._inside(wanted.tokenizer_port, TOKENIZER_PORT, "--tokenizer-port")
+            shards = []
+            for index in range(wanted.stages):
+                # 0: any free one, for each.
+                port = wanted.shard_port and wanted.shard_port + index
+                shards.append(self._inside(port, SHARD_PORT + index, "--shard-port"))
+            self.answering = _Ring(tokenizer, tuple(shards))
+        if wanted.generator is not None:
+            tokenizer = self._inside(None, GENERATOR_TOKENIZER_PORT, "")
+            usual = range(GENERATOR_SHARD_PORT, GENERATOR_SHARD_PORT + wanted.generator_stages)
+            self.writing = _Ring(tokenizer, tuple(self._inside(None, p, "") for p in usual))
 
     def _outside(self, host: str, port: int, usual: int, flag: str) -> int:
         """A port that clients know: another one in its place would help nobody."""

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from miaotui.models.costs import measure_costs
+from miaotui.models.loading import model_kind
 from miaotui.models.partition import LayerRange, parse_layers, plan_stages
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -40,6 +41,8 @@ class Planned:
     # Mean cost of a stage over that of the slowest: 1 is perfect.
     balance: float
     stages: tuple[Row, ...]
+    # "extractive" or "generative".
+    kind: str = "extractive"
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -69,7 +72,14 @@ def make_plan(
         )
         for stage in partition.stages
     )
-    return Planned(directory.name, partition.dtype, partition.costs.unit, partition.balance, rows)
+    return Planned(
+        directory.name,
+        partition.dtype,
+        partition.costs.unit,
+        partition.balance,
+        rows,
+        model_kind(directory),
+    )
 
 
 def show_plan(console: Console, plan: Planned) -> None:
@@ -82,9 +92,10 @@ def show_plan(console: Console, plan: Planned) -> None:
         table.add_column(heading, justify="right")
     table.add_column("share of cost", no_wrap=True)
     last = len(plan.stages) - 1
+    head = "answer head" if plan.kind == "extractive" else "head, sampler"
     for row in plan.stages:
         extras = ["+ embeddings"] if row.stage == 0 else []
-        extras += ["+ answer head"] if row.stage == last else []
+        extras += [f"+ {head}"] if row.stage == last else []
         count = row.end_layer - row.first_layer
         table.add_row(
             str(row.stage),

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from miaotui.cli.asking import AskError
 
+_DOES = {"extractive": "finds answers", "generative": "writes text"}
+
 
 def fetch(url: str, path: str) -> Any:
     """The JSON under a path of the gateway. Raises `AskError`."""
@@ -30,12 +32,13 @@ def fetch(url: str, path: str) -> Any:
 def show_models(console: Console, models: list[dict[str, Any]]) -> None:
     """A table of the models served."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("model", "type", "stages", "layers", "longest window", "fingerprint", ""):
+    for heading in ("model", "type", "does", "stages", "layers", "longest", "fingerprint", ""):
         table.add_column(heading)
     for model in models:
         table.add_row(
             model["name"],
             model["model_type"],
+            _DOES[model["kind"]],
             str(model["stages"]),
             str(model["layers"]),
             f"{model['max_length']} tokens",
@@ -45,8 +48,18 @@ def show_models(console: Console, models: list[dict[str, Any]]) -> None:
     console.print(table, highlight=False)
 
 
-def show_pipeline(console: Console, pipeline: dict[str, Any]) -> None:
-    """A table of the stages, and what they are doing."""
+def show_pipelines(console: Console, pipeline: dict[str, Any]) -> bool:
+    """A table of the stages of each model, and what they are doing. Whether all are ready."""
+    pipelines = [pipeline, *pipeline["others"]]
+    for index, one in enumerate(pipelines):
+        if index:
+            console.print()
+        _show(console, one)
+    return all(one["ready"] for one in pipelines)
+
+
+def _show(console: Console, pipeline: dict[str, Any]) -> None:
+    console.print(f"[bold]{_DOES[pipeline['kind']]}[/]", end=": ")
     if pipeline["ready"]:
         console.print("[bold green]ready[/]")
     else:
@@ -54,9 +67,13 @@ def show_pipeline(console: Console, pipeline: dict[str, Any]) -> None:
         console.print(pipeline["reason"], markup=False, highlight=False)
     if pipeline["stages"]:
         console.print(_stages(pipeline), highlight=False)
+    what = "windows" if pipeline["kind"] == "extractive" else "texts"
+    done = f"{pipeline['tokens_total']:,} tokens done"
+    if what == "windows":
+        done = f"{pipeline['sequences_total']:,} ({pipeline['tokens_total']:,} tokens) done"
     console.print(
-        f"{pipeline['queued_sequences']} windows wait, {pipeline['running_sequences']} are in the "
-        f"pipeline; {pipeline['sequences_total']:,} ({pipeline['tokens_total']:,} tokens) done",
+        f"{pipeline['queued_sequences']} {what} wait, {pipeline['running_sequences']} are in the "
+        f"pipeline; {done}",
         style="dim",
         highlight=False,
     )

@@ -75,7 +75,11 @@ async def _work(supervisor: Supervisor, layout: Layout, plan: Plan, output: Outp
     output.say(f"API docs       {layout.url}/docs", "green")
     output.say(f"metrics        {layout.url}/metrics", "green")
     output.say(f"gRPC           {layout.grpc_target}", "green")
-    output.say(f'ask            miaotui ask "…" --file PASSAGE.txt --url {layout.url}', "green")
+    if layout.answers:
+        output.say(f'ask            miaotui ask "…" --file PASSAGE.txt --url {layout.url}', "green")
+    if layout.writes:
+        output.say(f'write          miaotui write "…" --url {layout.url}', "green")
+        output.say(f"OpenAI's API   {layout.url}/v1", "green")
     output.say("Ctrl-C stops everything", "green")
     await supervisor.failed
     return 1

@@ -12,9 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from miaotui.cli.app import app
+from miaotui.cli.layout import Wanted, lay_out
 from miaotui.cli.render import highlight
 from miaotui.cli.serve import SERVICES, variable
 from tests.checkpoints import make_checkpoint
+from tests.decoder_checkpoints import make_decoder
 from tests.processes import clean_environment, free_port
 
 
@@ -43,13 +45,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("cli") / "tiny", "bert", layers=5)
 
 
-@pytest.mark.parametrize("command", ["", "up", "ask", "plan", "models", "status", "serve"])
+@pytest.mark.parametrize("command", ["", "up", "ask", "write", "plan", "models", "status", "serve"])
 def test_help_has_examples_and_fits(command: str) -> None:
     done = run(*command.split(), "--help", columns=80)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "miaotui" in done.stdout
-    if command in ("up", "ask", "plan", "serve"):
+    if command in ("up", "ask", "write", "plan", "serve"):
         assert "Example" in done.stdout
 
 
@@ -120,6 +122,52 @@ def test_ask_without_a_gateway_says_what_to_do() -> None:
         assert done.returncode == 1
         assert f"cannot reach a gateway at {where}" in " ".join(done.stderr.split())
         assert "miaotui up" in done.stderr
+
+
+def test_up_says_which_models_do_not_fit(model: Path, tmp_path: Path) -> None:
+    decoder = make_decoder(tmp_path / "decoder", "llama", layers=1, tokenizer=False)
+    for arguments, message in (
+        (["--generator", str(model)], "finds answers and writes no text; give it with --model"),
+        (["--model", str(decoder)], "this model writes text; give it with --generator"),
+        (["--no-qa"], "there is no model to serve"),
+        (["--model", "none"], "there is no model to serve"),
+        (["--no-qa", "--generator", str(decoder), "--demo"], "leave --no-qa out"),
+        (["--generator", str(tmp_path)], "has no config.json. --generator takes"),
+    ):
+        done = run("up", *arguments)
+        assert done.returncode == 2, arguments
+        assert message in " ".join(done.stderr.split()), arguments
+
+
+def test_two_models_get_services_of_their_own(model: Path, tmp_path: Path) -> None:
+    decoder = make_decoder(tmp_path / "decoder", "llama", layers=2, tokenizer=False)
+    wanted = Wanted(model, 3, generator=decoder, http_port=0, grpc_port=0)
+    layout = lay_out(wanted)
+    names = [service.name for service in layout.services]
+    rings = [["tokenizer", "shard-0", "shard-1", "shard-2"]]
+    rings += [["generator-tokenizer", "generator-shard-0", "generator-shard-1"]]
+    assert names == [*rings[0], *rings[1], "gateway"]
+    env = {service.name: service.env for service in layout.services}
+    gateway = env["gateway"]
+    for prefix, setting, directory in (("", "", model), ("generator-", "GENERATOR_", decoder)):
+        shard, tokenizer = env[f"{prefix}shard-0"], env[f"{prefix}tokenizer"]
+        assert shard["MIAOTUI_SHARD_MODEL"] == tokenizer["MIAOTUI_TOKENIZER_MODEL"]
+        assert shard["MIAOTUI_SHARD_MODEL"] == str(directory)
+        assert gateway[f"MIAOTUI_GATEWAY_{setting}SHARD"] == shard["MIAOTUI_SHARD_LISTEN"]
+        assert (
+            gateway[f"MIAOTUI_GATEWAY_{setting}TOKENIZER"]
+            == (tokenizer["MIAOTUI_TOKENIZER_LISTEN"])
+        )
+    only = lay_out(Wanted(None, 1, generator=decoder, http_port=0, grpc_port=0))
+    assert {s.name for s in only.services} == {*rings[1], "gateway"}
+    assert only.services[-1].env["MIAOTUI_GATEWAY_SHARD"] == ""
+    assert (only.answers, only.writes) == (False, True)
+
+
+def test_write_without_a_gateway_says_what_to_do() -> None:
+    done = run("write", "Once", "--url", f"http://127.0.0.1:{free_port()}")
+    assert done.returncode == 1
+    assert "miaotui up --generator" in " ".join(done.stderr.split())
 
 
 def test_ask_wants_one_passage_in_utf8(tmp_path: Path) -> None:
