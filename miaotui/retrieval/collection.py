@@ -14,7 +14,7 @@ from miaotui.retrieval.database import Database, Document, Marks, StoredPassage
 from miaotui.retrieval.encoder import Vectors
 from miaotui.retrieval.errors import StoreError
 from miaotui.retrieval.fusion import Ranked, fuse
-from miaotui.retrieval.lexical import NO_HITS, Hits, LexicalIndex
+from miaotui.retrieval.lexical import NO_HITS, Hits, IdArray, LexicalIndex
 from miaotui.retrieval.prepare import Prepared
 from miaotui.retrieval.terms import count_terms
 from miaotui.retrieval.vectors import VectorIndex
@@ -121,8 +121,10 @@ class SqliteCollection:
         self._writing = threading.Lock()
         self._reading = threading.Lock()
         self._syncing = threading.Lock()
-        self._lexical = LexicalIndex()
-        self._dense: VectorIndex | None = None
+        self.lexical = LexicalIndex()
+        """Every passage's terms, as far as this process has caught up."""
+        self.dense: VectorIndex | None = None
+        """The vectors that there are; `None` before the first."""
         self._version = -1
         self._seen_passage = self._seen_vector = self._seen_removal = 0
         self._write.renew_terms()
@@ -189,6 +191,11 @@ class SqliteCollection:
         with self._reading:
             return Counts(*self._read.counts())
 
+    def vectors(self) -> tuple[int, IdArray, Vectors | None]:
+        """All vectors: (highest number, passage ids, [ids, dimensions])."""
+        with self._reading:
+            return self._read.vectors_after(0)
+
     def without_vector(self, after: int, limit: int) -> list[tuple[int, str]]:
         """See `Collection.without_vector`."""
         with self._reading:
@@ -204,15 +211,18 @@ class SqliteCollection:
                 self._catch_up()
             finally:
                 self._syncing.release()
-        lexical = self._lexical.search(count_terms(query), max(DEPTH, limit))
+        lexical = self.lexical.search(count_terms(query), max(DEPTH, limit))
         dense: Hits = NO_HITS
-        if vector is not None and self._dense is not None:
-            dense = self._dense.search(vector, max(DEPTH, limit))
+        if vector is not None and self.dense is not None:
+            dense = self.dense.search(vector, max(DEPTH, limit))
         return fuse(lexical, dense, dense_weight=DENSE_WEIGHT, limit=limit)
 
     def search(self, query: str, vector: Vectors | None, limit: int) -> list[Found]:
         """See `Collection.search`."""
-        ranked = self.rank(query, vector, limit)
+        return self.look_up(self.rank(query, vector, limit))
+
+    def look_up(self, ranked: Sequence[Ranked]) -> list[Found]:
+        """The passages of a ranking; those that are gone meanwhile are left out."""
         with self._reading:
             passages = self._read.passages([r.passage for r in ranked])
         return [Found(passages[r.passage], r) for r in ranked if r.passage in passages]
@@ -235,14 +245,14 @@ class SqliteCollection:
             terms = self._read.terms_after(self._seen_passage)
             self._seen_vector, ids, vectors = self._read.vectors_after(self._seen_vector)
         if len(gone):
-            self._lexical.remove(gone)
-            if self._dense is not None:
-                self._dense.remove(gone)
+            self.lexical.remove(gone)
+            if self.dense is not None:
+                self.dense.remove(gone)
         if terms:
-            self._lexical.add(terms)
+            self.lexical.add(terms)
             self._seen_passage = terms[-1][0]
         if vectors is not None:
-            if self._dense is None:
-                self._dense = VectorIndex(vectors.shape[1])
-            self._dense.add(ids, vectors)
+            if self.dense is None:
+                self.dense = VectorIndex(vectors.shape[1])
+            self.dense.add(ids, vectors)
         self._version = version

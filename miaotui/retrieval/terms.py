@@ -20,8 +20,9 @@ from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
-import opencc
 import snowballstemmer
+
+from miaotui.retrieval.chinese import simplified
 
 # Part of what a store keeps: raise it whenever equal text may give other terms.
 TERMS_VERSION = 1
@@ -35,7 +36,6 @@ _RUNS = re.compile(f"[{_HAN}{_KANA}]+|[^\\W_{_HAN}{_KANA}]+")
 _CJK = re.compile(f"[{_HAN}{_KANA}]")
 _LONGEST_WORD = 40
 
-_simplified = opencc.OpenCC("t2s")
 _stemmer = snowballstemmer.stemmer("english")
 
 
@@ -81,7 +81,7 @@ def split_terms(text: str) -> Iterator[str]:
         bare = "".join(c for c in folded if unicodedata.category(c) != "Mn" or c in "\u3099\u309a")
         folded = unicodedata.normalize("NFC", bare)
         if _CJK.search(folded):
-            folded = _simplified.convert(folded)
+            folded = simplified(folded)
     for match in _RUNS.finditer(folded):
         run = match.group()
         if _CJK.match(run):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 
+from miaotui.retrieval.chinese import simplified
 from miaotui.retrieval.errors import UnreadableError
 
 _BOMS = (
@@ -74,8 +75,9 @@ def _utf16(data: bytes) -> str:
 
 def _guess(data: bytes) -> str:
     scores = {
-        "gb18030": _common(_strict(data, "gb18030"), "gb2312"),
-        "cp950": _common(_strict(data, "cp950"), "big5"),
+        # Traditional characters are written in GB18030, too, outside of GB 2312.
+        "gb18030": _common(simplified(_strict(data, "gb18030") or ""), "gb2312"),
+        "cp950": _common(_strict(data, "cp950") or "", "big5"),
     }
     best = max(scores, key=scores.__getitem__)
     if scores[best] >= _LEAST_COMMON:
@@ -84,10 +86,8 @@ def _guess(data: bytes) -> str:
     return "cp1252" if high <= _MOST_LATIN * len(data[:_SAMPLE]) else ""
 
 
-def _common(text: str | None, encoding: str) -> float:
+def _common(text: str, encoding: str) -> float:
     """Share of common ones among the text's characters that are not ASCII."""
-    if text is None:
-        return 0.0
     wide = [character for character in text if character > "\x7f"][:_SAMPLE]
     leads = (character.encode(encoding, "ignore")[:1] for character in wide)
     common = _COMMON[encoding]

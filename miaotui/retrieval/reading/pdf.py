@@ -12,8 +12,10 @@ from miaotui.retrieval.errors import UnreadableError
 from miaotui.retrieval.reading.document import Extracted, Limits, TextBuilder
 
 _WIDE = re.compile(r"[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]")
-# A line this much shorter than the page's longest ends its paragraph.
+# A line this much shorter than the page's longest ends its paragraph if it ends a sentence,
+# and one still shorter in any case: it is a heading, or an item of a list.
 _FULL_LINE = 0.75
+_HALF_LINE = 0.5
 _SENTENCE_END = re.compile(r"[.!?:。！？：;；][\"'”’」』)）]*$")
 
 
@@ -61,7 +63,8 @@ def join_lines(text: str) -> list[str]:
             current = ""
             continue
         current = _joined(current, line)
-        if _width(line) < _FULL_LINE * longest and _SENTENCE_END.search(line):
+        share = _width(line) / longest
+        if share < _HALF_LINE or (share < _FULL_LINE and _SENTENCE_END.search(line)):
             paragraphs.append(current)
             current = ""
     return [paragraph for paragraph in (*paragraphs, current) if paragraph]
