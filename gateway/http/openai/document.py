@@ -106,6 +106,13 @@ def openai_paths(settings: GatewaySettings, headers: list[Json]) -> Json:
                 "responses": {
                     "200": {
                         "description": "The text.",
+                        "headers": {
+                            "X-Miaotui-Cache": {
+                                "description": "Where a whole text came from: miss, hit, shared "
+                                "(with an equal request at the same time), bypass.",
+                                "schema": _STRING,
+                            }
+                        },
                         "content": {
                             "application/json": {"schema": _ref(whole)},
                             "text/event-stream": {"schema": _STRING},
