@@ -23,6 +23,7 @@ def _info(index: int, first: int, end: int) -> pb.StageInfo:
         compute_dtype=tensor_pb2.DTYPE_FLOAT32,
         wire_dtype=tensor_pb2.DTYPE_FLOAT32,
         address=f"host{index}:1",
+        kind=pb.MODEL_KIND_EXTRACTIVE,
     )
 
 
@@ -58,6 +59,8 @@ def _set(**fields: object) -> Callable[[pb.StageInfo], None]:
         (_set(stages=2), "pipeline of 2"),
         (_set(compute_dtype=tensor_pb2.DTYPE_BFLOAT16), "DTYPE_BFLOAT16"),
         (_set(wire_dtype=tensor_pb2.DTYPE_FLOAT16), "wire dtype"),
+        (_set(kind=pb.MODEL_KIND_GENERATIVE), "MODEL_KIND_GENERATIVE"),
+        (_set(kv_block_tokens=32), "KV blocks of 32 tokens"),
         (_set(end_layer=3), "gap or overlap"),
         (_set(end_layer=1), "gap or overlap"),
         (_set(index=1, first_layer=2), "begins with stage 1"),
