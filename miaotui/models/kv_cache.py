@@ -56,6 +56,7 @@ def count_blocks(
     dtype: torch.dtype,
     device: torch.device,
     kv_cache_bytes: int | None,
+    sharers: int = 1,
 ) -> int:
     """Return how many blocks fit into `kv_cache_bytes`.
 
@@ -67,6 +68,8 @@ def count_blocks(
         device: where they lie.
         kv_cache_bytes: None: on CUDA most of what is free, on a CPU a quarter of what is
             available, at most 4 GiB; in either case no more than 64 contexts of full length.
+        sharers: stages that share this machine's memory, this one included; a CPU's budget is
+            divided among them.
 
     Raises:
         ModelError: not even one context of usable length fits.
@@ -75,7 +78,7 @@ def count_blocks(
     block_bytes = token_bytes * block_tokens
     context = -(-shape.max_sequence_length // block_tokens)
     given = kv_cache_bytes is not None
-    budget = kv_cache_bytes if kv_cache_bytes is not None else _available(device)
+    budget = kv_cache_bytes if kv_cache_bytes is not None else _available(device, sharers)
     blocks = budget // block_bytes
     if not given:
         blocks = min(blocks, 64 * context)
@@ -97,8 +100,9 @@ def count_blocks(
     return int(blocks)
 
 
-def _available(device: torch.device) -> int:
+def _available(device: torch.device, sharers: int) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * _CUDA_SHARE)
-    return min(int(psutil.virtual_memory().available * _CPU_SHARE), _CPU_LIMIT)
+    budget = min(int(psutil.virtual_memory().available * _CPU_SHARE), _CPU_LIMIT)
+    return budget // sharers
