@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from miaotui.engine.decode.grammar import Grammars
 from miaotui.engine.decode.sampler import Sampler, SampleRows
 from miaotui.engine.decode.types import DecodeSlice, SampledTokens, SamplingParams, SequenceStart
 from miaotui.models.checkpoint import Checkpoint
@@ -84,6 +85,7 @@ class DecoderStageModel:
         fingerprint: str | None = None,
         kv_cache_bytes: int | None = None,
         kv_block_tokens: int = 16,
+        kv_sharers: int = 1,
         fused: bool = True,
     ) -> DecoderStageModel:
         """Read a stage from a Hugging Face model directory: its own tensors and no others.
@@ -96,6 +98,7 @@ class DecoderStageModel:
             fingerprint: the model's, where it is known already; None: computed or cached.
             kv_cache_bytes: for this stage's keys and values; None: see `count_blocks`.
             kv_block_tokens: tokens a block of the cache.
+            kv_sharers: stages that share this machine's memory; see `count_blocks`.
             fused: whether the faster stand-ins of `miaotui.models.decoder_fused` are put in place;
                 else transformers' modules compute as they are, as a reference.
 
@@ -128,7 +131,9 @@ class DecoderStageModel:
         _fill(family, skeleton, checkpoint, compute, target)
         if fused:
             skeleton = _fuse(skeleton)
-        blocks = count_blocks(shape, len(layers), kv_block_tokens, compute, target, kv_cache_bytes)
+        blocks = count_blocks(
+            shape, len(layers), kv_block_tokens, compute, target, kv_cache_bytes, kv_sharers
+        )
         info = StageInfo(
             first_layer=layers.first,
             end_layer=layers.end,
@@ -150,7 +155,10 @@ class DecoderStageModel:
             kv_block_tokens=kv_block_tokens,
         )
         cache = KVCache(shape, len(layers), blocks, kv_block_tokens, compute, target)
-        sampler = Sampler(shape.vocab_size, target) if info.is_last else None
+        sampler = None
+        if info.is_last:
+            grammars = Grammars(directory, shape.vocab_size)
+            sampler = Sampler(shape.vocab_size, target, grammars)
         return cls(skeleton, shape, info, cache, sampler, fused=fused)
 
     @torch.inference_mode()

@@ -36,6 +36,7 @@ def load_stage(
     fingerprint: str | None = None,
     kv_cache_bytes: int | None = None,
     kv_block_tokens: int = 16,
+    kv_sharers: int = 1,
 ) -> StageModel | DecoderStageModel:
     """Read a stage of the kind that the model's family is.
 
@@ -54,4 +55,5 @@ def load_stage(
         fingerprint=fingerprint,
         kv_cache_bytes=kv_cache_bytes,
         kv_block_tokens=kv_block_tokens,
+        kv_sharers=kv_sharers,
     )

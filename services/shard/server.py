@@ -243,6 +243,7 @@ def _load(settings: ShardSettings) -> AnyStageModel:
         device=settings.device,
         kv_cache_bytes=settings.kv_cache_bytes or None,
         kv_block_tokens=settings.kv_block_tokens,
+        kv_sharers=settings.colocated,
     )
     log.info(
         "%.1f of %.1f MB of parameters, %s on %s",

@@ -57,8 +57,8 @@ class ShardSettings(TlsSettings):
     kv_cache_bytes: int = Field(
         0,
         ge=0,
-        description="Decoders: for this stage's keys and values; 0: what a quarter of the "
-        "machine's free memory, or most of a GPU's, has room for",
+        description="Decoders: for this stage's keys and values; 0: its share of a quarter of "
+        "the machine's free memory, or most of what is free on its GPU",
     )
     kv_block_tokens: int = Field(
         16, ge=1, le=1024, description="Decoders: tokens in a KV block; the same everywhere"
