@@ -9,6 +9,7 @@ threshold on a row's logits.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from miaotui.engine.decode.filters import Choice, draw_tokens
+from miaotui.engine.decode.grammar import Grammars, Matcher, SchemaError
 from miaotui.engine.decode.types import (
     PlaceLogprobs,
     SampledTokens,
@@ -23,6 +25,8 @@ from miaotui.engine.decode.types import (
     SequenceStart,
 )
 from miaotui.models.errors import BatchError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,9 @@ class _Sequence:
     counts: dict[int, int] = field(default_factory=dict)
     """How often each token is in the text; empty unless a penalty needs it."""
     bias: tuple[torch.Tensor, torch.Tensor] | None = None
+    matcher: Matcher | None = None
+    failed: bool = False
+    """Whether its grammar cannot be followed: it ends at once."""
     simple: bool = False
     """Whether nothing but the most probable token is asked for."""
 
@@ -68,6 +75,20 @@ class _Sequence:
             made.add(token)
         return made
 
+    def follow(self, grammars: Grammars | None, start: SequenceStart) -> None:
+        """Follow the schema, if there is one, from what was written."""
+        schema = self.params.json_schema
+        if not schema:
+            return
+        try:
+            if grammars is None:
+                raise SchemaError("this stage has no tokenizer")
+            self.matcher = grammars.matcher(schema, start.written.tolist())
+        except SchemaError as error:
+            # The others in the batch must not suffer; such a text ends with its next token.
+            log.error("a text that was to fit a JSON schema ends: %s", error)
+            self.failed = True
+
     def add(self, token: int) -> None:
         """Take note of a token of the text."""
         params = self.params
@@ -75,6 +96,16 @@ class _Sequence:
             self.seen.add(token)
         if params.presence_penalty or params.frequency_penalty:
             self.counts[token] = self.counts.get(token, 0) + 1
+        if self.matcher is not None:
+            self.matcher.accept(token)
+            if self.matcher.error:
+                log.error("a JSON schema cannot be followed any further: %s", self.matcher.error)
+                self.matcher, self.failed = None, True
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing may follow."""
+        return self.failed or (self.matcher is not None and self.matcher.complete)
 
     def penalise(self, row: torch.Tensor) -> None:
         """Apply the penalties to a row of logits [vocab_size], in place."""
@@ -93,10 +124,17 @@ class _Sequence:
 class Sampler:
     """Keeps what sequences need to be sampled, and samples them. For one thread at a time."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        """Take the model's vocabulary size and the device that logits come on."""
+    def __init__(
+        self, vocab_size: int, device: torch.device, grammars: Grammars | None = None
+    ) -> None:
+        """Take the model's vocabulary size and the device that logits come on.
+
+        `grammars` follows JSON schemas; where it is missing, or a schema cannot be followed
+        (callers check it before), a text ends at once.
+        """
         self._vocab_size = vocab_size
         self._device = device
+        self._grammars = grammars
         self._sequences: dict[int, _Sequence] = {}
 
     def __len__(self) -> int:
@@ -107,12 +145,14 @@ class Sampler:
         """Keep a sequence that starts, or starts again.
 
         Raises:
-            ValueError: a biased token is not in the vocabulary.
+            BatchError: a biased token is not in the vocabulary.
         """
         biased = start.sampling.logit_bias
         if biased and not all(0 <= token < self._vocab_size for token in biased):
             raise BatchError(f"logit_bias names tokens that are not in 0 to {self._vocab_size - 1}")
-        self._sequences[sequence_id] = _Sequence.of(start, self._device)
+        sequence = _Sequence.of(start, self._device)
+        sequence.follow(self._grammars, start)
+        self._sequences[sequence_id] = sequence
 
     def release(self, sequence_ids: Iterable[int]) -> None:
         """Forget sequences; unknown ones do not matter."""
@@ -158,10 +198,13 @@ class Sampler:
             going = [
                 i
                 for i in going
-                if len(rows[i].draft) >= depth and tokens[i][-1] == rows[i].draft[depth - 1]
+                if len(rows[i].draft) >= depth
+                and tokens[i][-1] == rows[i].draft[depth - 1]
+                and not known[i].complete
             ]
-        for result, ids in zip(results, tokens, strict=True):
+        for result, ids, sequence in zip(results, tokens, known, strict=True):
             result.token_ids = np.array(ids, np.int32)
+            result.complete = sequence.complete
         return results
 
     def _known(self, sequence_id: int) -> _Sequence:
@@ -183,6 +226,9 @@ class Sampler:
             if sequence.bias is not None:
                 ids, values = sequence.bias
                 logits[row].index_add_(0, ids, values)
+            if sequence.matcher is not None:
+                allowed = sequence.matcher.allowed().to(logits.device)
+                logits[row].masked_fill_(~allowed, -torch.inf)
             if sequence.seen or sequence.counts:
                 sequence.penalise(logits[row])
         choices = [
