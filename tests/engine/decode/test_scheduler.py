@@ -214,6 +214,18 @@ def test_the_latest_gives_way_and_comes_back_with_what_it_wrote() -> None:
     assert item.sequence_id == 3
 
 
+def test_who_gives_way_is_in_no_batch_however_long_it_was_ready() -> None:
+    bench = Bench(blocks=5, block_tokens=2, prefix_cache=False)
+    early, late = bench.add(1, 2, 3)[0], bench.add(4, 5, 6)[0]
+    bench.plan()
+    bench.drain()
+    for _ in range(2):
+        bench.scheduler._ready.move_to_end(early)
+        assert bench.plan() == ([(0, 1), (1, 1)] if early.length == 4 else [(0, 1)])
+        bench.drain()
+    assert late.state is State.WAITING
+
+
 def test_nobody_is_let_in_where_the_running_could_not_grow() -> None:
     bench = Bench(blocks=4, block_tokens=4, prefix_cache=False)
     bench.add(*range(8))
