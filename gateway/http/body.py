@@ -75,7 +75,7 @@ async def limited(request: Request, settings: GatewaySettings) -> AsyncGenerator
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit):
         if "expect" not in request.headers:
-            await _drain(request, limit)
+            await _drain(request, limit * _DRAIN_FACTOR)
         raise too_large
     received = 0
     more = True
@@ -88,9 +88,11 @@ async def limited(request: Request, settings: GatewaySettings) -> AsyncGenerator
         if message["type"] == "http.disconnect":
             raise GatewayError("client-closed", "The caller went away.")
         received += len(message.get("body", b""))
-        if received > limit:
-            raise too_large
         more = message.get("more_body", False)
+        if received > limit:
+            if more:
+                await _drain(request, limit * _DRAIN_FACTOR)
+            raise too_large
         yield message.get("body", b"")
 
 
