@@ -138,6 +138,15 @@ def up(
             "MIAOTUI_TLS_DIR takes one that is there.",
         ),
     ] = False,
+    documents: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="MIAOTUI_GATEWAY_DOCUMENTS",
+            help="Where the documents of `miaotui add` are kept; usually in your data folder.",
+            metavar="DIR",
+            show_default=False,
+        ),
+    ] = None,
     demo: Annotated[
         bool, typer.Option("--demo", help="Ask an English and a Chinese question once ready.")
     ] = False,
@@ -196,6 +205,7 @@ def up(
         wire_dtype=wire_dtype,
         device=device,
         redis_url=redis_url,
+        documents=documents,
         log_level=log_level,
     )
     try:

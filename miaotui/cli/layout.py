@@ -43,6 +43,7 @@ class Wanted:
     wire_dtype: str = "auto"
     device: str = "auto"
     redis_url: str | None = None
+    documents: Path | None = None
     log_level: str = "info"
 
 
@@ -135,6 +136,8 @@ def lay_out(wanted: Wanted) -> Layout:
         name = prefix.replace("-", "_").upper()
         gateway[f"MIAOTUI_GATEWAY_{name}TOKENIZER"] = tokenizer
         gateway[f"MIAOTUI_GATEWAY_{name}SHARD"] = stages[0]
+    if wanted.documents:
+        gateway["MIAOTUI_GATEWAY_DOCUMENTS"] = str(wanted.documents.expanduser().resolve())
     if wanted.redis_url:
         gateway["REDIS_URL"] = wanted.redis_url
     argv = (sys.executable, "-m", "gateway")
