@@ -91,6 +91,9 @@ class PagedLayout:
         table = np.zeros((len(slices), width), np.int64)
         for index, item in enumerate(slices):
             table[index, : len(item.blocks)] = item.blocks
+        low, high = int(table.min()), int(table.max())
+        if low < 0 or high >= cache.blocks:
+            raise BatchError(f"blocks {low} to {high} were named; the cache has {cache.blocks}")
         self._table = table
         starts = np.fromiter((item.start for item in slices), np.int64, len(slices))
         if tokens == len(slices):
@@ -208,6 +211,3 @@ def _check(lengths: Sequence[int], slices: Sequence[DecodeSlice], cache: KVCache
             raise BatchError(
                 f"{len(item.blocks)} blocks of {cache.block_tokens} tokens do not hold {end}"
             )
-        low, high = int(item.blocks.min()), int(item.blocks.max())
-        if low < 0 or high >= cache.blocks:
-            raise BatchError(f"blocks {low} to {high} were named; the cache has {cache.blocks}")
