@@ -94,6 +94,7 @@ class Head:
             "compute_dtype": tensor_pb2.DTYPE_FLOAT32,
             "wire_dtype": tensor_pb2.DTYPE_FLOAT32,
             "address": self.targets[0],
+            "kind": pb.MODEL_KIND_EXTRACTIVE,
         }
         return pb.StageInfo(**(fields | changes))
 
