@@ -286,6 +286,25 @@ async def test_a_long_prompt_does_not_stop_the_others() -> None:
     _check(ring)
 
 
+async def test_batches_are_sent_in_order_one_at_a_time() -> None:
+    log: list[str] = []
+
+    async def compute(batch: Batch, _ids: TokenIds) -> None:
+        # The later, the sooner done: as where results of a thread are noticed out of turn.
+        await _turns(10 - 3 * batch.batch_id)
+
+    async def send(batch: Batch) -> None:
+        log.append(f"begin {batch.batch_id}")
+        await _turns(5)
+        log.append(f"end {batch.batch_id}")
+
+    head = GenerationHead(settings(stages=2, batch_tokens=8), compute=compute, send=send)
+    head.pipeline_up(8, 4)
+    head.submit("r", GenerationRequest(ids(*range(24))), Listener())
+    await _turns(50)
+    assert log == [f"{what} {batch}" for batch in (1, 2, 3) for what in ("begin", "end")]
+
+
 # -- trouble -----------------------------------------------------------------------------------
 
 

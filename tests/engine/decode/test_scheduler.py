@@ -226,6 +226,18 @@ def test_who_gives_way_is_in_no_batch_however_long_it_was_ready() -> None:
     assert late.state is State.WAITING
 
 
+def test_something_always_runs_even_after_all_that_were_ready_gave_way() -> None:
+    bench = Bench(blocks=6, block_tokens=1, batch_tokens=1, chunk_tokens=1, max_in_flight=3)
+    early, late = bench.add(1)[0], bench.add(2, 3)[0]
+    while not bench.scheduler.preemptions:
+        while bench.plan():
+            pass
+        bench.land()
+    assert late.state is State.WAITING
+    assert early.length < 6
+    assert bench.flights or bench.plan()
+
+
 def test_nobody_is_let_in_where_the_running_could_not_grow() -> None:
     bench = Bench(blocks=4, block_tokens=4, prefix_cache=False)
     bench.add(*range(8))
