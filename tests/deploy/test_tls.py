@@ -84,20 +84,20 @@ async def test_only_clients_of_the_same_authority_get_in(
 
 async def test_miaotui_ask_over_tls(stacks: Stacks) -> None:
     target = stacks.tls.address("gateway", "50050")
-    arguments = ["ask", QUESTION, "--context", CONTEXT, "--grpc", target]
+    arguments = ["ask", QUESTION, "--context", CONTEXT, "--grpc", target, "--timeout"]
 
-    def ask(**environment: str) -> subprocess.CompletedProcess[str]:
+    def ask(timeout: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "miaotui.cli", *arguments],
+            [sys.executable, "-m", "miaotui.cli", *arguments, timeout],
             env={**clean_environment(), **environment},
             capture_output=True,
             text=True,
         )
 
     # In a thread: the relays need this one.
-    done = await asyncio.to_thread(ask, MIAOTUI_TLS_DIR=str(stacks.tls.tls_dir))
+    done = await asyncio.to_thread(ask, "10", MIAOTUI_TLS_DIR=str(stacks.tls.tls_dir))
     assert done.returncode == 0, done.stderr
-    assert (await asyncio.to_thread(ask)).returncode != 0
+    assert (await asyncio.to_thread(ask, "1")).returncode != 0
 
 
 async def test_a_server_by_another_name_is_not_trusted(
