@@ -225,7 +225,8 @@ def test_logprobs_are_of_the_raw_logits() -> None:
     token = int(result.token_ids[0])
     assert token == int(logits[0].topk(2).indices[1])
     (place,) = result.logprobs
-    assert place.chosen == (token, pytest.approx(float(expected[token]), abs=1e-5))
+    assert place.chosen[0] == token
+    assert place.chosen[1] == pytest.approx(float(expected[token]), abs=1e-5)
     assert [pair[0] for pair in place.top] == logits[0].topk(4).indices.tolist()
     assert place.top[0][1] == pytest.approx(float(expected[best]), abs=1e-5)
     none = SamplingParams(logprobs=0)
