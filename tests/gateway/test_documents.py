@@ -327,6 +327,6 @@ async def test_kill_9_in_the_middle_loses_nothing_acknowledged(
         assert body["answers"][0]["text"] == str(1000 + last)
         assert body["answers"][0]["source"] == acknowledged[-1]
         # Going on where it stopped: what was acknowledged is there, unchanged.
-        text = "Bridge number0 was opened in 1000.\n" * 50
+        text = f"Bridge {_name(0)} was opened in 1000.\n" * 50
         again = (await upload(gateway, {"d0.txt": text.encode()})).json()
         assert again["documents"][0]["outcome"] == "unchanged"
