@@ -124,7 +124,13 @@ def make_decoder_config(
         "gemma": (GemmaConfig, {"head_dim": 16, "num_key_value_heads": 1}),
         "gemma2": (
             Gemma2Config,
-            {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 12},
+            # The published cap of 50 would hardly show on scores as small as these.
+            {
+                "head_dim": 16,
+                "sliding_window": 24,
+                "query_pre_attn_scalar": 4,
+                "attn_logit_softcapping": 2.0,
+            },
         ),
         "gemma3_text": (
             Gemma3TextConfig,
