@@ -13,10 +13,12 @@ import argparse
 import json
 import random
 import re
+import sqlite3
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +28,13 @@ from rich.console import Console
 from rich.table import Table
 
 from miaotui.retrieval.answers import SpanReading, is_answer, language_of, rank_spans
-from miaotui.retrieval.collection import DENSE_WEIGHT, DEPTH, Found, SqliteCollection
+from miaotui.retrieval.collection import (
+    DENSE_WEIGHT,
+    DEPTH,
+    Found,
+    SqliteCollection,
+    document_id,
+)
 from miaotui.retrieval.encoder import Encoder, SentenceEncoder, Vectors, bundled_folder
 from miaotui.retrieval.fusion import Ranked, fuse, fuse_ranks
 from miaotui.retrieval.lexical import NO_HITS
@@ -35,7 +43,7 @@ from miaotui.retrieval.terms import count_terms
 from miaotui.training.data import Corpus, Split
 from miaotui.training.scorer import best_scores
 from tests.bench.reader import Reader
-from tests.bench.squad import Asked, add_all, add_vectors, read_questions, sample
+from tests.bench.squad import Asked, add_all, add_vectors, read_questions, sample, source_of
 
 BUNDLED = Path(__file__).resolve().parents[2] / "miaotui" / "bundled" / "qa"
 DOMAINS = ("wiki", "amazon", "reddit", "cmrc", "drcd")
@@ -227,13 +235,17 @@ def speed(path: Path, encoder: Encoder, asked: Sequence[Asked]) -> tuple[list[Sp
     return figures, opened, holds
 
 
-def without_split(path: Path, corpus: Corpus, split: Split, encoder: Encoder) -> SqliteCollection:
-    """A collection of all passages but those of a split's articles."""
-    collection = SqliteCollection(path, "without", encoder=encoder.name)
-    if not collection.counts().documents:
-        rest = [passage for passage in corpus.passages if passage.split != split]
-        add_all(collection, Corpus(rest, []))
-    add_vectors(collection, encoder)
+def without_split(
+    path: Path, small: Path, corpus: Corpus, split: Split, encoder: Encoder
+) -> SqliteCollection:
+    """A copy of the small collection without all passages of a split's articles."""
+    path.unlink(missing_ok=True)
+    with closing(sqlite3.connect(small)) as whole:
+        whole.execute("VACUUM INTO ?", (str(path),))
+    collection = SqliteCollection(path, encoder=encoder.name)
+    for number, passage in enumerate(corpus.passages):
+        if passage.split == split:
+            collection.delete(document_id(source_of(corpus, number)))
     return collection
 
 
@@ -302,7 +314,8 @@ def run(options: argparse.Namespace, work: Path, console: Console) -> None:
         console.print("no answer said, though it is there:", given)
     if wanted("refusals"):
         reader = Reader(BUNDLED)
-        rest = without_split(work / "rest.sqlite3", corpus, options.split, encoder)
+        copy = work / "rest.sqlite3"
+        rest = without_split(copy, work / "small.sqlite3", corpus, options.split, encoder)
         refused = {
             domain: refusals(rest, encoder, reader, asked[domain][: options.read])
             for domain in DOMAINS
