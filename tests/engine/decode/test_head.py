@@ -451,7 +451,7 @@ async def test_a_deadline_ends_a_request() -> None:
 
     ring = Ring(settings(), _MODEL, blocks=64, block_tokens=4, pause=slow)
     listener = Listener()
-    ring.head.submit("r", GenerationRequest(ids(1)), listener, deadline=time.monotonic() + 0.1)
+    ring.head.submit("r", GenerationRequest(ids(1)), listener, deadline=time.monotonic() + 0.3)
     with pytest.raises(DeadlineError):
         ring.head.submit("r", GenerationRequest(ids(1)), listener, deadline=time.monotonic())
     await _finish(listener)
