@@ -325,3 +325,35 @@ def settings(**values: int | float | bool) -> GenerationSettings:
         "grace": 5.0,
     }
     return GenerationSettings(**(defaults | values))  # type: ignore[arg-type]
+
+
+MODEL = chaos(50)
+
+
+async def finish(*listeners: Listener) -> None:
+    """Waits for all ends."""
+    async with asyncio.timeout(10):
+        for listener in listeners:
+            await listener.done.wait()
+
+
+async def turns(count: int) -> None:
+    """Lets the loop turn so often."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def check(ring: Ring) -> None:
+    """Nothing is left behind."""
+    assert not ring.problems
+    assert ring.head.scheduler.idle
+    assert ring.head.open_requests == ring.head.running_sequences == ring.head.queued == 0
+    ring.close()
+
+
+def is_reference(listener: Listener, request: GenerationRequest, limit: int = 200) -> bool:
+    """Whether all texts are what `MODEL` writes."""
+    return listener.error is None and all(
+        (listener.texts[index], listener.reasons[index]) == reference(MODEL, request, index, limit)
+        for index in range(request.n)
+    )
