@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from miaotui.retrieval.encoder import BUNDLED_NAME, Encoder, EncoderError, Vectors
 
@@ -38,17 +38,15 @@ class LazyEncoder:
         loading = self._loading
         return loading is not None and loading.done() and loading.result() is not None
 
-    async def question(self, text: str) -> Vectors | None:
-        """A question's vector [dimensions]; `None` while there is no encoder."""
+    def question(self, text: str) -> Future[Vectors] | None:
+        """A question's vector [1, dimensions], to come; `None` while there is no encoder."""
         if not self.ready:
             self.start()
             return None
-        encoder = await self.start()
+        assert self._loading is not None
+        encoder = self._loading.result()
         assert encoder is not None
-        loop = asyncio.get_running_loop()
-        vectors: Vectors = await loop.run_in_executor(self._questions, encoder.encode, [text])
-        row: Vectors = vectors[0]
-        return row
+        return self._questions.submit(encoder.encode, [text])
 
     async def passages(self, texts: Sequence[str]) -> Vectors | None:
         """Passages' vectors [texts, dimensions]; `None` where there is no encoder."""

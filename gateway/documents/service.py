@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
@@ -24,6 +24,7 @@ from miaotui.retrieval.collection import (
     Outcome,
     document_id,
 )
+from miaotui.retrieval.encoder import Vectors
 from miaotui.retrieval.errors import CollectionNameError, StoreError
 from miaotui.retrieval.library import Library
 from miaotui.retrieval.prepare import Prepared, sha256_of
@@ -142,7 +143,9 @@ class Documents:
         """The best passages for a question, best first."""
         vector = None
         if chinese_share(query) <= MOST_CHINESE:
-            vector = await self._encoder.question(query)
+            encoding = self._encoder.question(query)
+            if encoding is not None:
+                vector = partial(_only_row, encoding)
         return await self._run(collection.search, query, vector, limit)
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -181,3 +184,8 @@ class Documents:
             await self._run(collection.add_vectors, ids, vectors)
             after = ids[-1]
         return after
+
+
+def _only_row(encoding: Future[Vectors]) -> Vectors:
+    row: Vectors = encoding.result()[0]
+    return row

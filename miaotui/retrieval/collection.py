@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +24,11 @@ DEPTH = 100
 # The encoder knows no Chinese: passages with more of it than this get no vector.
 MOST_CHINESE = 0.3
 DENSE_WEIGHT = 1.0
+
+
+# Gives the query's vector, float32 [dimensions], or `None` where there is none; may wait for
+# it. It is called late, so that encoding and the lexical search go side by side.
+VectorOf = Callable[[], Vectors | None]
 
 
 class Outcome(StrEnum):
@@ -86,8 +91,8 @@ class Collection(Protocol):
         """What it holds."""
         ...
 
-    def search(self, query: str, vector: Vectors | None, limit: int) -> list[Found]:
-        """The best passages, by terms and, with a `vector` ([dimensions]), by meaning."""
+    def search(self, query: str, vector: VectorOf | None, limit: int) -> list[Found]:
+        """The best passages, by terms and, with a `vector`, by meaning."""
         ...
 
     def without_vector(self, after: int, limit: int) -> list[tuple[int, str]]:
@@ -196,14 +201,16 @@ class SqliteCollection:
         with self._reading:
             return self._read.vectors_after(0)
 
-    def without_vector(self, after: int, limit: int) -> list[tuple[int, str]]:
+    def without_vector(
+        self, after: int, limit: int, most_chinese: float = MOST_CHINESE
+    ) -> list[tuple[int, str]]:
         """See `Collection.without_vector`."""
         with self._reading:
-            return self._read.without_vector(after, limit, MOST_CHINESE)
+            return self._read.without_vector(after, limit, most_chinese)
 
     # -- search ---------------------------------------------------------------------------
 
-    def rank(self, query: str, vector: Vectors | None, limit: int) -> list[Ranked]:
+    def rank(self, query: str, vector: VectorOf | None, limit: int) -> list[Ranked]:
         """The best passages' ids and scores."""
         if self._changed() and self._syncing.acquire(blocking=False):
             # Where another thread is at it, the state before is searched instead of waiting.
@@ -214,10 +221,12 @@ class SqliteCollection:
         lexical = self.lexical.search(count_terms(query), max(DEPTH, limit))
         dense: Hits = NO_HITS
         if vector is not None and self.dense is not None:
-            dense = self.dense.search(vector, max(DEPTH, limit))
+            encoded = vector()
+            if encoded is not None:
+                dense = self.dense.search(encoded, max(DEPTH, limit))
         return fuse(lexical, dense, dense_weight=DENSE_WEIGHT, limit=limit)
 
-    def search(self, query: str, vector: Vectors | None, limit: int) -> list[Found]:
+    def search(self, query: str, vector: VectorOf | None, limit: int) -> list[Found]:
         """See `Collection.search`."""
         return self.look_up(self.rank(query, vector, limit))
 

@@ -63,8 +63,12 @@ def bundled_folder() -> Path:
 class SentenceEncoder:
     """A BERT encoder whose vectors are the mean over the tokens, scaled to length 1."""
 
-    def __init__(self, folder: Path, name: str = BUNDLED_NAME) -> None:
-        """Loads a Hugging Face model directory. Raises `EncoderError`."""
+    def __init__(self, folder: Path, name: str = BUNDLED_NAME, threads: int = 1) -> None:
+        """Loads a Hugging Face model directory. Raises `EncoderError`.
+
+        `threads`: of one call. A question is so short that a second one gains a tenth where
+        the machine is idle, and waits for its turn where it is not.
+        """
         import torch
         from tokenizers import Tokenizer
         from transformers import BertModel
@@ -80,12 +84,15 @@ class SentenceEncoder:
             raise EncoderError(f"{folder}: {type(error).__name__}: {error}") from error
         self._model.requires_grad_(False)
         self.name = name
+        self._threads = threads
         self.dimensions = int(self._model.config.hidden_size)
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Vectors of length 1, float32 [texts, dimensions]; texts are cut at 256 tokens."""
         import torch
 
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
         encodings = self._tokenizer.encode_batch(list(texts))
         order = sorted(range(len(texts)), key=lambda i: len(encodings[i].ids))
         vectors = np.empty((len(texts), self.dimensions), np.float32)

@@ -73,7 +73,7 @@ def test_deleting(path: Path) -> None:
     assert collection.delete(document_id("a"))
     assert not collection.delete(document_id("a"))
     assert sources(collection, "Eiffel") == ["b"]
-    assert collection.search("zzz", VECTOR[0], 5) == []
+    assert collection.search("zzz", lambda: VECTOR[0], 5) == []
     assert collection.counts().vectors == 0
     # Vectors that come after their passage has gone are dropped.
     collection.add_vectors([number], VECTOR)
@@ -123,7 +123,7 @@ def test_another_process_sees_what_this_one_does(path: Path) -> None:
     assert sources(theirs, "Eiffel") == ["a"]
     [(number, _)] = theirs.without_vector(0, 5)
     theirs.add_vectors([number], VECTOR)
-    assert len(ours.search("zzz", VECTOR[0], 5)) == 1
+    assert len(ours.search("zzz", lambda: VECTOR[0], 5)) == 1
     theirs.add(prepare_text("a", LUXUN))
     assert sources(ours, "Eiffel") == []
     assert sources(ours, "鲁迅") == ["a"]

@@ -133,6 +133,25 @@ def test_vectors_through_adding_and_removing() -> None:
     assert hits.ids.tolist() == expected
 
 
+def test_many_vectors_are_ranked_by_their_signs_first() -> None:
+    rng = np.random.default_rng(4)
+    centres = rng.normal(size=(500, 384))
+    rows = (centres[rng.integers(0, 500, 20_000)] + rng.normal(size=(20_000, 384))).astype(
+        np.float32
+    )
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    index = VectorIndex(384)
+    index.add(np.arange(20_000), rows)
+    index.remove(np.arange(0, 20_000, 3))
+    found = 0
+    for number in range(1, 3000, 60):
+        hits, exact = (index.search(rows[number], 10, exact=exact) for exact in (False, True))
+        assert exact.ids[0] == hits.ids[0] == number
+        assert all(identifier % 3 for identifier in hits.ids.tolist())
+        found += len(set(hits.ids.tolist()) & set(exact.ids.tolist()))
+    assert found >= 0.99 * 500
+
+
 def _hits(*pairs: tuple[int, float], ceiling: float = 10.0) -> Hits:
     ids, scores = zip(*pairs, strict=True)
     return Hits(np.array(ids, np.int64), np.array(scores, np.float32), ceiling)
