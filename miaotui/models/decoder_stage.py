@@ -21,6 +21,7 @@ from miaotui.models.errors import BatchError, PartitionError, UnsupportedModelEr
 from miaotui.models.fingerprint import model_fingerprint
 from miaotui.models.kv_cache import KVCache, count_blocks
 from miaotui.models.layers import LayerRange
+from miaotui.models.memory import trim_heap
 from miaotui.models.paged_attention import COPIED_ROW_TOKENS, ROW_TOKENS, Paged, reads_in_place
 from miaotui.models.paged_layout import PagedLayout
 from miaotui.models.precision import dtype_name, resolve_device, resolve_dtype
@@ -159,7 +160,9 @@ class DecoderStageModel:
         if info.is_last:
             grammars = Grammars(directory, shape.vocab_size)
             sampler = Sampler(shape.vocab_size, target, grammars)
-        return cls(skeleton, shape, info, cache, sampler, fused=fused)
+        stage = cls(skeleton, shape, info, cache, sampler, fused=fused)
+        trim_heap()
+        return stage
 
     @torch.inference_mode()
     def run(self, batch: DecoderBatch) -> torch.Tensor | list[SampledTokens]:

@@ -45,8 +45,10 @@ class KVCache:
         self.blocks = blocks
         self.block_tokens = block_tokens
         size = (blocks * block_tokens, shape.kv_heads, shape.head_dim)
-        self.keys = [torch.zeros(size, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(size, dtype=dtype, device=device) for _ in range(layers)]
+        # Not zeroed, which would take all of the memory at once: no slot is read before it
+        # has been written to.
+        self.keys = [torch.empty(size, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.empty(size, dtype=dtype, device=device) for _ in range(layers)]
 
 
 def count_blocks(

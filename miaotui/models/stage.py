@@ -24,6 +24,7 @@ from miaotui.models.families import (
 from miaotui.models.fingerprint import model_fingerprint
 from miaotui.models.fused import encoder_layers
 from miaotui.models.layers import LayerRange
+from miaotui.models.memory import trim_heap
 from miaotui.models.precision import dtype_name, resolve_device, resolve_dtype
 from miaotui.models.shape import ModelKind, ModelShape
 
@@ -157,7 +158,9 @@ class StageModel:
             dtype=dtype_name(compute),
             device=str(target),
         )
-        return cls(skeleton, shape, info, fuse=fuse)
+        stage = cls(skeleton, shape, info, fuse=fuse)
+        trim_heap()
+        return stage
 
     @torch.inference_mode()
     def run(self, batch: StageBatch) -> torch.Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -200,6 +202,35 @@ def test_plans_account_for_every_byte(tmp_path: Path, family: str) -> None:
         if count == 1:
             model = AutoModelForCausalLM.from_pretrained(directory)
             assert held == 4 * sum(p.numel() for p in model.parameters())
+
+
+MEASURE = """
+import sys, psutil
+from miaotui.models.decoder_stage import DecoderStageModel
+from miaotui.models.layers import LayerRange
+big, small = sys.argv[1:]
+DecoderStageModel.load(small, device="cpu").warm_up()  # libraries and lazy imports
+held = []
+for layers in (LayerRange(2, 4), LayerRange(0, 8)):
+    before = psutil.Process().memory_info().rss
+    held.append(DecoderStageModel.load(big, layers, dtype="float32", device="cpu"))
+    print(psutil.Process().memory_info().rss - before, held[-1].info.parameter_bytes)
+"""
+
+
+def test_a_stages_memory_is_its_share(tmp_path: Path) -> None:
+    """Nothing is left of what was packed, and the cache takes memory as it is filled."""
+    big = make_decoder(
+        tmp_path / "big", "llama", layers=8, hidden=512, heads=8, kv_heads=4,
+        max_shard_size="30MB", tokenizer=False,
+    )  # fmt: skip
+    small = make_decoder(tmp_path / "small", "llama", layers=1, tokenizer=False)
+    output = subprocess.run(
+        [sys.executable, "-c", MEASURE, big, small], check=True, capture_output=True, text=True
+    ).stdout
+    for line in output.splitlines():
+        resident, parameters = map(int, line.split())
+        assert 0.9 * parameters < resident < 1.15 * parameters + 4_000_000
 
 
 def test_the_head_counts_on_the_last_stage(tmp_path: Path) -> None:
