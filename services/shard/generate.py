@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from miaotui.engine.decode.grammar import SchemaError, check_json_schema
 from miaotui.engine.decode.types import (
     GenerationRequest,
     GenerationUpdate,
@@ -39,9 +40,16 @@ def read_request(
         raise InvalidFieldError(f"stop_token_ids: {len(stops)}; at most {MAX_STOP_TOKENS}")
     if stops and max(stops) >= vocabulary:
         raise InvalidFieldError(f"stop_token_ids: ids must lie from 0 to {vocabulary - 1}")
+    sampling = read_sampling(message.sampling, vocabulary)
+    if sampling.json_schema:
+        # Here, because the last stage, which follows it, can refuse nothing any more.
+        try:
+            check_json_schema(sampling.json_schema)
+        except SchemaError as error:
+            raise InvalidFieldError(f"sampling.json_schema: {error}") from error
     return GenerationRequest(
         prompt=prompt,
-        sampling=read_sampling(message.sampling, vocabulary),
+        sampling=sampling,
         max_tokens=min(message.max_tokens, context),
         stop_token_ids=frozenset(stops),
         n=message.n or 1,

@@ -250,6 +250,8 @@ def test_requests_are_read() -> None:
         ("n", {"n": 129}),
         ("stop_token_ids", {"stop_token_ids": [VOCABULARY]}),
         ("stop_token_ids", {"stop_token_ids": [1] * 2000}),
+        ("sampling.json_schema", {"sampling": pb.SamplingParams(json_schema="{")}),
+        ("sampling.json_schema", {"sampling": pb.SamplingParams(json_schema='{"type": "odd"}')}),
     ],
 )
 def test_requests_that_cannot_be_are_refused(field: str, fields: dict[str, Any]) -> None:
