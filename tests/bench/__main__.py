@@ -23,11 +23,15 @@ from rich.table import Table
 from tests.bench.answers import cached, layers, overhead, throughput
 from tests.bench.child import Child
 from tests.bench.figures import Figure
+from tests.bench.generation import measure_generation
+from tests.bench.links import measure_links
 from tests.checkpoints import make_checkpoint
+from tests.namespaces import missing
 from tests.processes import Cluster
 
 BUNDLED = Path(__file__).resolve().parents[2] / "miaotui" / "bundled" / "qa"
-PARTS = ("layers", "overhead", "cached", "throughput")
+ANSWERS = ("layers", "overhead", "cached", "throughput")
+PARTS = (*ANSWERS, "generation", "links")
 
 
 async def measure(
@@ -36,10 +40,12 @@ async def measure(
     """The figures asked for, for one model split over `stages`; and the hops of a question."""
     figures: list[Figure] = []
     hops: dict[str, float] = {}
+    if set(parts).isdisjoint(ANSWERS):
+        return figures, hops
     with Child("tests.bench.peers", str(model)) as peer:
         if "layers" in parts:
             figures.append(layers(peer, 40 if quick else 100))
-        if set(parts) <= {"layers"}:
+        if set(parts).isdisjoint(ANSWERS[1:]):
             return figures, hops
         async with Cluster(model, stages=stages) as cluster:
             with Child("tests.bench.client", cluster.url) as client:
@@ -51,6 +57,19 @@ async def measure(
                 if "throughput" in parts:
                     figures.append(throughput(client, peer, 64 if quick else 320, 32))
     return figures, hops
+
+
+async def measure_texts(parts: Collection[str], quick: bool) -> list[Figure]:
+    """The figures asked for of a decoder with random weights."""
+    figures: list[Figure] = []
+    if "generation" in parts:
+        figures += await measure_generation(1, quick)
+    if "links" in parts:
+        if why := missing():
+            Console(stderr=True).print(f"links are left out: {why}")
+        else:
+            figures += await measure_links(quick)
+    return figures
 
 
 def machine() -> str:
@@ -100,6 +119,7 @@ def main() -> None:
             model = Path(directory)
             make_checkpoint(model, "bert", layers=6, hidden=384)
         figures, hops = asyncio.run(measure(model, options.stages, options.quick, options.only))
+        figures += asyncio.run(measure_texts(options.only, options.quick))
     console = Console()
     console.print(f"{model.name} over {options.stages} stages; {machine()}")
     report(figures, hops, console)

@@ -1,8 +1,9 @@
-"""Generation through the whole product against transformers' `generate`, in turns.
+"""Generation by the ring and through the whole product against `generate`, in turns.
 
 Every stream has a prompt of its own; both sides decode greedily and write equally many tokens,
 prefill included, without stop tokens. Prompt lookup is off: random weights repeat themselves
-sooner than language does, and guessing would flatter.
+sooner than language does, and guessing would flatter. `generate` returns token ids in its own
+process; over gRPC the ring does the same from another, over HTTP the product sends text.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+from services.rpc.channel import open_channel
 from tests.bench.decoders import TransformersDecoder, make_decoder, prompts
 from tests.bench.figures import Figure
+from tests.bench.streams import Calls, calls_of, rate
 from tests.processes import Cluster
 
 PROMPT_TOKENS = 64
@@ -76,37 +79,41 @@ class Client:
 
 
 async def compare(
-    client: Client, peer: TransformersDecoder, streams: int, tokens: int, turns: int, seed: int
-) -> Figure:
-    """Tokens a second of `streams` concurrent streams over HTTP against one batch of `generate`."""
-    ours: list[float] = []
-    theirs: list[float] = []
+    ids: Calls, text: Client, peer: TransformersDecoder, streams: int, tokens: int, turns: int
+) -> list[Figure]:
+    """Tokens a second of `streams` concurrent streams against one batch of `generate`."""
+    rates: list[tuple[float, float, float]] = []
     for turn in range(turns + 1):
-        batch = prompts(streams, PROMPT_TOKENS, seed=seed * 1000 + streams * 10 + turn)
-        rate = await client.rate(batch, tokens)
-        _, peer_rate = await asyncio.to_thread(peer.generate, batch, tokens)
-        if turn:  # the first warms both up
-            ours.append(rate)
-            theirs.append(peer_rate)
-    return Figure(
-        f"tokens a second, {streams} streams",
-        statistics.median(ours),
-        statistics.median(theirs),
-        "transformers generate, one batch",
-        "1/s",
-    )
+        seed = 100 * streams + 2 * turn
+        batch = prompts(streams, PROMPT_TOKENS, seed=seed)
+        over_grpc = await rate(ids, batch, tokens, drafts=0)
+        _, generate = await asyncio.to_thread(peer.generate, batch, tokens)
+        over_http = await text.rate(prompts(streams, PROMPT_TOKENS, seed=seed + 1), tokens)
+        rates.append((over_grpc, over_http, generate))
+    ours, http, theirs = (statistics.median(column) for column in zip(*rates[1:], strict=True))
+    peer_is = "transformers generate, one batch"
+    return [
+        Figure(f"tokens a second, {streams} streams, ids over gRPC", ours, theirs, peer_is, "1/s"),
+        Figure(f"tokens a second, {streams} streams, text over HTTP", http, theirs, peer_is, "1/s"),
+    ]
 
 
 async def measure_generation(stages: int, quick: bool) -> list[Figure]:
     """Throughput of 1, 8 and 32 streams over a ring of `stages`."""
+    figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory) / "decoder"
         make_decoder(model)
         peer = TransformersDecoder(model)
-        async with Cluster(model, generative=True, stages=stages, shard_env=NO_DRAFTS) as cluster:
-            client = Client(cluster.url, model.name)
-            tokens, turns = (32, 1) if quick else (96, 3)
-            return [
-                await compare(client, peer, streams, tokens, turns, seed=stages)
-                for streams in (1, 8, 32)
-            ]
+        async with (
+            Cluster(model, generative=True, stages=stages, shard_env=NO_DRAFTS) as cluster,
+            open_channel(cluster.stage_targets[0]) as channel,
+        ):
+            ids = calls_of(channel)
+            text = Client(cluster.url, model.name)
+            for streams in (1, 8, 32):
+                figures += await compare(
+                    ids, text, peer, streams, 32 if quick else 96, 1 if quick else 3
+                )
+            ids.close()
+    return figures

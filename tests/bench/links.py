@@ -11,26 +11,20 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from miaotui.v1 import shard_pb2 as pb
 from miaotui.v1 import shard_pb2_grpc
 from services.rpc.channel import open_channel
-from services.rpc.streaming import ServerStreamCalls
 from tests.bench.decoders import make_decoder, prompts
 from tests.bench.figures import Figure
+from tests.bench.streams import Calls, calls_of, rate
 from tests.namespaces import Hosts
 from tests.processes import ServiceProcess
 
 DELAY_SECONDS = 0.02
 PORT = 50060
 _START_SECONDS = 120.0
-
-
-Calls = ServerStreamCalls[pb.GenerateRequest, pb.GenerateResponse]
 
 
 class SlowRing:
@@ -75,10 +69,7 @@ class SlowRing:
             assert all(process.alive for process in self._processes), logs
             assert time.monotonic() < deadline, logs
             await asyncio.sleep(0.2)
-        self._calls: Calls = ServerStreamCalls(
-            stub.GenerateStream,
-            lambda call, request: pb.GenerateStreamRequest(call=call, request=request),
-        )
+        self._calls = calls_of(self._channel)
         return self._calls
 
     async def __aexit__(self, *_: object) -> None:
@@ -86,24 +77,6 @@ class SlowRing:
         await self._channel.close()
         for process in self._processes:
             process.stop()
-
-
-async def rate(calls: Calls, batch: Sequence[Sequence[int]], tokens: int, drafts: int) -> float:
-    """Tokens a second of concurrent greedy streams, from the first request to the last token."""
-
-    async def write(prompt: Sequence[int]) -> None:
-        request = pb.GenerateRequest(
-            input_ids=np.asarray(prompt, "<i4").tobytes(), max_tokens=tokens, draft_tokens=drafts
-        )
-        written = 0
-        async for response in calls(request, timeout=120):
-            written += sum(len(delta.token_ids) // 4 for delta in response.deltas)
-        if written != tokens:
-            raise RuntimeError(f"{written} tokens were written instead of {tokens}")
-
-    started = time.perf_counter()
-    await asyncio.gather(*(write(prompt) for prompt in batch))
-    return len(batch) * tokens / (time.perf_counter() - started)
 
 
 async def measure_links(quick: bool) -> list[Figure]:
