@@ -114,13 +114,14 @@ def test_a_growing_text_keeps_tokens_with_their_characters() -> None:
 async def test_detokenizer_asks_once_a_turn_and_one_call_at_a_time() -> None:
     calls: list[int] = []
     running = 0
+    answer = asyncio.Event()
 
     async def decode(request: Any, /, **_: Any) -> tokenizer_pb.DecodeBatchResponse:
         nonlocal running
         running += 1
         assert running == 1
         calls.append(len(request.items))
-        await asyncio.sleep(0.01)
+        await answer.wait()
         running -= 1
         return tokenizer_pb.DecodeBatchResponse(
             items=[
@@ -131,19 +132,25 @@ async def test_detokenizer_asks_once_a_turn_and_one_call_at_a_time() -> None:
 
     detokenizer = Detokenizer(decode)
 
-    async def ask(name: str, delay: float) -> None:
-        await asyncio.sleep(delay)
+    async def ask(name: str) -> None:
         items = [tokenizer_pb.DecodeItem(token_ids=f"{name}{i}".encode()) for i in range(2)]
         decoded = await detokenizer.read(items, [len(name)])
         assert [item.text for item in decoded] == [f"{name}0", f"{name}1"]
         assert detokenizer.piece(len(name)) == b"%d" % len(name)
 
-    leaving = asyncio.create_task(ask("gone", 0))
-    await asyncio.sleep(0.001)
+    async def turns() -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    leaving = asyncio.create_task(ask("gone"))
+    await turns()
     leaving.cancel()
-    await asyncio.gather(
-        *(ask("now", 0) for _ in range(10)), *(ask("later", 0.005) for _ in range(5))
-    )
+    asking = [asyncio.create_task(ask("now")) for _ in range(10)]
+    await turns()
+    asking += [asyncio.create_task(ask("later")) for _ in range(5)]
+    await turns()
+    answer.set()
+    await asyncio.gather(*asking)
     assert calls == [2, 30]
     await detokenizer.close()
 
