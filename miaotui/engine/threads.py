@@ -34,8 +34,8 @@ def openmp_environment() -> dict[str, str]:
 
     A layer is a dozen parallel loops with next to nothing between them. An OpenMP thread that
     sleeps there has to be woken for every one (OMP_WAIT_POLICY=passive), which costs as much
-    as a second core gains: measured on two, 56 ms a request instead of 33. One that spins for
-    long takes its core from the next stage, where the request is by then (libgomp's default
+    as a second core gains: measured on two, 56 ms a small batch instead of 33. One that spins
+    for long takes its core from the next stage, where the request is by then (libgomp's default
     is 300,000 turns: several milliseconds). So threads spin for under a millisecond, which
     covers a layer's gaps, and then sleep.
 

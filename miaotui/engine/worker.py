@@ -58,6 +58,16 @@ class _Job:
     submitted: float
 
 
+def stay_on_one_thread() -> None:
+    """Keeps the calling thread's torch operations on it: only compute threads share cores.
+
+    Call it before any compute thread starts; `openmp_environment` says what it is for.
+    """
+    torch.set_num_threads(1)
+    # At its first use of torch, a thread takes the number that was set last by any: now.
+    torch.get_num_threads()
+
+
 class ComputeWorker:
     """Computes batches one after another on a thread of its own, in the order submitted.
 

@@ -14,7 +14,7 @@ from miaotui.engine.decode.settings import GenerationSettings
 from miaotui.engine.head import Head, HeadSettings
 from miaotui.engine.runner import StageRunner
 from miaotui.engine.scheduler import Scheduler
-from miaotui.engine.worker import ComputeWorker
+from miaotui.engine.worker import ComputeWorker, stay_on_one_thread
 from miaotui.models.decoder_stage import DecoderStageModel
 from miaotui.models.layers import LayerRange
 from miaotui.models.loading import load_stage
@@ -262,6 +262,5 @@ def main(settings: ShardSettings) -> int:
     """Runs the service; returns the process's exit code: 2 for a configuration error."""
     setup_logging(f"shard-{settings.stage}", settings.log_level)
     torch.set_grad_enabled(False)
-    # Loading and the event loop compute on their own thread; see openmp_environment().
-    torch.set_num_threads(1)
+    stay_on_one_thread()
     return run(lambda: serve_shard(settings))

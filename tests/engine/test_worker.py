@@ -266,3 +266,20 @@ def test_threads_are_configured_before_torch_or_not_at_all() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True", "7", "True"]
+
+
+def test_an_event_loop_does_not_start_a_team_of_its_own() -> None:
+    code = (
+        "import os, torch\n"
+        "from miaotui.engine.worker import ComputeWorker, stay_on_one_thread\n"
+        "stay_on_one_thread()\n"
+        "class Model:\n"
+        "    def run(self, batch): return torch.randn(400, 400) @ torch.randn(400, 400)\n"
+        "worker = ComputeWorker(Model(), cores=2)\n"
+        "print(worker.submit(None).result().threads)\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "torch.randn(400, 400).clone()\n"
+        "print(len(os.listdir('/proc/self/task')) - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "0"]
