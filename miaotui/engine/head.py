@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from miaotui.engine.batch import Batch, DropCode, SequenceMeta, StageTiming
+from miaotui.engine.order import SendOrder, Turn
+from miaotui.engine.readiness import PipelineUnavailableError, Readiness
 from miaotui.engine.scheduler import Job, Scheduler
 
 log = logging.getLogger(__name__)
@@ -21,10 +23,6 @@ log = logging.getLogger(__name__)
 TokenIds = npt.NDArray[np.int32]
 TokenTypes = npt.NDArray[np.uint8]
 Logits = npt.NDArray[np.float32]
-
-
-class PipelineUnavailableError(Exception):
-    """The pipeline is not complete, so nothing can be computed now."""
 
 
 class DeadlineError(Exception):
@@ -90,18 +88,20 @@ class Head:
         self._requests: dict[str, _Request] = {}
         self._running: dict[int, list[Job]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._last_sent: asyncio.Event | None = None
+        self._order = SendOrder()
         self._batch_ids = itertools.count(1)
         self._request_ids = itertools.count(1)
-        self._ready = False
-        self._reason = "the pipeline has not been verified yet"
-        self._down_since = -math.inf
-        self._give_up: asyncio.TimerHandle | None = None
+        self._pipeline = Readiness(settings.grace, self._fail_all)
 
     @property
     def ready(self) -> bool:
         """Whether the pipeline is complete."""
-        return self._ready
+        return self._pipeline.ready
+
+    @property
+    def queued(self) -> int:
+        """Sequences that wait."""
+        return len(self.scheduler)
 
     @property
     def running_sequences(self) -> int:
@@ -127,8 +127,7 @@ class Head:
         `PipelineUnavailableError`, `DeadlineError` or `ComputeError`. Cancelling the call
         frees the work at every stage.
         """
-        if not self._ready and time.monotonic() - self._down_since > self.settings.grace:
-            raise PipelineUnavailableError(self._reason)
+        self._pipeline.check()
         # Callers may reuse their ids; the pipeline's must be unique while in flight.
         key = f"{request_id}#{next(self._request_ids)}"
         jobs = [
@@ -170,21 +169,13 @@ class Head:
 
     def pipeline_up(self) -> None:
         """All stages are there and fit together."""
-        self._ready = True
-        if self._give_up is not None:
-            self._give_up.cancel()
-            self._give_up = None
+        self._pipeline.up()
         self._pump()
 
     def pipeline_down(self, reason: str) -> None:
         """A link broke: what is in flight will run again once the pipeline is back."""
-        self._reason = reason
-        if not self._ready:
+        if not self._pipeline.down(reason):
             return
-        self._ready = False
-        self._down_since = time.monotonic()
-        loop = asyncio.get_running_loop()
-        self._give_up = loop.call_later(self.settings.grace, self._fail_all)
         replay: list[Job] = []
         for jobs in self._running.values():
             for job in jobs:
@@ -200,6 +191,7 @@ class Head:
                 else:
                     replay.append(job)
         self._running.clear()
+        self._order.forget()
         self.scheduler.put_back(replay)
         if replay:
             log.warning("%d sequences will run again: %s", len(replay), reason)
@@ -210,7 +202,7 @@ class Head:
             await asyncio.wait([r.done for r in self._requests.values()], timeout=seconds)
 
     def _pump(self) -> None:
-        while self._ready and len(self._running) < self.settings.max_in_flight:
+        while self._pipeline.ready and len(self._running) < self.settings.max_in_flight:
             jobs = [job for job in self.scheduler.next_batch() if not self._overdue(job)]
             if not jobs:
                 if not len(self.scheduler):
@@ -219,25 +211,19 @@ class Head:
             batch = Batch(next(self._batch_ids), [job.meta for job in jobs])
             self._running[batch.batch_id] = jobs
             batch.in_flight = len(self._running)
-            before, self._last_sent = self._last_sent, asyncio.Event()
-            task = asyncio.create_task(self._run(batch, jobs, before, self._last_sent))
+            task = asyncio.create_task(self._run(batch, jobs, self._order.next()))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _run(
-        self, batch: Batch, jobs: list[Job], before: asyncio.Event | None, sent: asyncio.Event
-    ) -> None:
-        """Computes and sends a batch; `before` is set once the one before it is sent."""
-        try:
+    async def _run(self, batch: Batch, jobs: list[Job], turn: Turn) -> None:
+        """Computes a batch, and sends it in its turn."""
+        with turn:
             # A batch set out alone leaves other cores idle; what joins it until it computes counts.
             batch.in_flight = max(batch.in_flight, len(self._running))
             await self._compute(batch, jobs)
-            if before is not None:
-                await before.wait()
+            await turn.comes()
             if batch.batch_id in self._running:  # otherwise the pipeline broke meanwhile
                 await self._pass_on(batch)
-        finally:
-            sent.set()
 
     async def _pass_on(self, batch: Batch) -> None:
         if self._send is None or not batch.sequences:
@@ -283,9 +269,8 @@ class Head:
             request.done.set_exception(error)
 
     def _fail_all(self) -> None:
-        self._give_up = None
         for key in list(self._requests):
-            self._fail(key, PipelineUnavailableError(self._reason))
+            self._fail(key, PipelineUnavailableError(self._pipeline.reason))
 
     def _forget(self, key: str) -> None:
         """Frees what a request still holds, here and at the stages behind."""

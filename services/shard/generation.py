@@ -11,8 +11,9 @@ import grpc
 from miaotui.engine.decode.head import GenerationHead
 from miaotui.engine.decode.types import GenerationUpdate
 from miaotui.engine.decode.validation import InvalidRequestError
-from miaotui.engine.head import ComputeError, DeadlineError, PipelineUnavailableError
+from miaotui.engine.head import ComputeError, DeadlineError
 from miaotui.engine.observe import RequestObserver
+from miaotui.engine.readiness import PipelineUnavailableError
 from miaotui.engine.scheduler import QueueFullError
 from miaotui.telemetry import inject_context
 from miaotui.v1 import shard_pb2 as pb

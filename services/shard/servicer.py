@@ -17,10 +17,10 @@ from miaotui.engine.head import (
     ComputeError,
     DeadlineError,
     Head,
-    PipelineUnavailableError,
     TokenIds,
     TokenTypes,
 )
+from miaotui.engine.readiness import PipelineUnavailableError
 from miaotui.engine.scheduler import QueueFullError
 from miaotui.telemetry import inject_context
 from miaotui.v1 import shard_pb2 as pb
@@ -107,7 +107,7 @@ class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
         """Who this stage is and whether it serves."""
         stage, head = self._stage, self._stage.head
         status, reason = stage.status()
-        pool = head.scheduler.tables.pool if isinstance(head, GenerationHead) else None
+        tables = head.scheduler.tables if isinstance(head, GenerationHead) else None
         return pb.ShardServiceDescribeResponse(
             stage=stage.info,
             status=status,
@@ -118,8 +118,8 @@ class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
             sequences_total=stage.runner.observer.sequences_total,
             tokens_total=stage.runner.observer.tokens_total,
             resident_bytes=self._process.memory_info().rss,
-            kv_blocks_used=0 if pool is None else pool.used,
-            kv_blocks_cached=0 if pool is None else pool.cached,
+            kv_blocks_used=0 if tables is None else tables.used,
+            kv_blocks_cached=0 if tables is None else tables.cached,
         )
 
     async def Infer(self, request: pb.InferRequest, context: InferContext) -> pb.InferResponse:

@@ -13,6 +13,7 @@ from miaotui.engine.batch import Batch, CancelledSet, DropCode
 from miaotui.engine.decode.head import GenerationHead
 from miaotui.engine.decode.types import TokenIds
 from miaotui.engine.head import Head
+from miaotui.engine.order import SendOrder, Turn
 from miaotui.engine.runner import StageRunner
 from miaotui.engine.tensors import TensorFormatError
 from miaotui.v1 import shard_pb2 as pb
@@ -124,8 +125,7 @@ class Stage:
     def queued(self) -> int:
         """Sequences that wait here."""
         if self.head is not None:
-            head = self.head
-            return head.queued if isinstance(head, GenerationHead) else len(head.scheduler)
+            return self.head.queued
         return self._inbox.qsize()
 
     async def run(self) -> None:
@@ -319,32 +319,25 @@ class Stage:
     async def _consume(self, answers: _Answers) -> None:
         room = asyncio.Semaphore(_BATCHES_INSIDE)
         inbox = self._inbox
-        before: asyncio.Event | None = None
+        order = SendOrder()
         async with asyncio.TaskGroup() as group:
             while True:
                 batch = await inbox.get()
                 await room.acquire()
                 # First the work, then the credit: the one is waited for, the other is not.
-                sent = asyncio.Event()
-                task = group.create_task(self._pass_on(batch, before, sent))
+                task = group.create_task(self._pass_on(batch, order.next()))
                 task.add_done_callback(lambda _: room.release())
-                before = sent
                 await answers.credit(batch.batch_id)
 
-    async def _pass_on(
-        self, batch: Batch, before: asyncio.Event | None, sent: asyncio.Event
-    ) -> None:
-        """Computes and sends a batch; `before` is set once the one before it is sent.
+    async def _pass_on(self, batch: Batch, turn: Turn) -> None:
+        """Computes a batch, and sends it in its turn.
 
         Tasks start in the order in which they were made, so batches are computed in it, too.
         """
-        try:
+        with turn:
             await self.compute(batch)
-            if before is not None:
-                await before.wait()
+            await turn.comes()
             await self._send_or_fail(batch)
-        finally:
-            sent.set()
 
     async def _send_or_fail(self, batch: Batch) -> None:
         try:

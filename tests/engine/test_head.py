@@ -18,8 +18,8 @@ from miaotui.engine.head import (
     DeadlineError,
     Head,
     HeadSettings,
-    PipelineUnavailableError,
 )
+from miaotui.engine.readiness import PipelineUnavailableError
 from miaotui.engine.scheduler import Job, QueueFullError, Scheduler
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from miaotui.engine.batch import Batch, DropCode, SequenceMeta
 from miaotui.engine.decode.scheduler import Plan, Slice
 from miaotui.engine.decode.types import DecodeSlice, SampledTokens, TokenIds
+from miaotui.engine.order import SendOrder, Turn
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Flights:
         self._broke = broke
         self._plans: dict[int, Plan] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._last_sent: asyncio.Future[None] | None = None
+        self._order = SendOrder()
 
     def __len__(self) -> int:
         return len(self._plans)
@@ -47,9 +48,7 @@ class Flights:
         self._plans[batch.batch_id] = plan
         self.decoding += plan.decodes
         batch.in_flight = len(self._plans)
-        before = self._last_sent
-        self._last_sent = sent = asyncio.get_running_loop().create_future()
-        task = asyncio.create_task(self._run(batch, input_ids, before, sent))
+        task = asyncio.create_task(self._run(batch, input_ids, self._order.next()))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -64,17 +63,10 @@ class Flights:
         """The pipeline broke: nothing will come back."""
         self._plans.clear()
         self.decoding = 0
-        # A call that hangs on the old link must not hold up the new one.
-        self._last_sent = None
+        self._order.forget()
 
-    async def _run(
-        self,
-        batch: Batch,
-        input_ids: TokenIds,
-        before: asyncio.Future[None] | None,
-        sent: asyncio.Future[None],
-    ) -> None:
-        try:
+    async def _run(self, batch: Batch, input_ids: TokenIds, turn: Turn) -> None:
+        with turn:
             if batch.batch_id not in self._plans:
                 return  # the pipeline broke before this turn of the loop
             # A batch set out alone leaves other cores idle; what joins it meanwhile counts.
@@ -85,8 +77,7 @@ class Flights:
                 # Its requests would wait for ever otherwise.
                 log.exception("stage 0 could not compute batch %d", batch.batch_id)
                 batch.fail(DropCode.INTERNAL, "stage 0 failed to compute; see its log")
-            if before is not None:
-                await before
+            await turn.comes()
             if batch.batch_id not in self._plans:
                 return  # the pipeline broke meanwhile
             if self._send is None or not batch.sequences:
@@ -101,9 +92,6 @@ class Flights:
                 log.exception("stage 0 could not send batch %d", batch.batch_id)
                 batch.fail(DropCode.INTERNAL, "stage 0 failed to send a batch; see its log")
                 self._landed(batch)
-        finally:
-            if not sent.done():
-                sent.set_result(None)
 
 
 def load(batch_id: int, plan: Plan, block_tokens: int) -> tuple[Batch, TokenIds]:

@@ -25,7 +25,8 @@ from miaotui.engine.decode.types import (
     TokenIds,
 )
 from miaotui.engine.decode.validation import InvalidRequestError, check_fits, check_request
-from miaotui.engine.head import ComputeError, DeadlineError, PipelineUnavailableError
+from miaotui.engine.head import ComputeError, DeadlineError
+from miaotui.engine.readiness import PipelineUnavailableError, Readiness
 
 log = logging.getLogger(__name__)
 
@@ -83,15 +84,12 @@ class GenerationHead:
         self._delivering = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._ready = False
-        self._reason = "the pipeline has not been verified yet"
-        self._down_since = -math.inf
-        self._give_up: asyncio.TimerHandle | None = None
+        self._pipeline = Readiness(settings.grace, self._fail_all)
 
     @property
     def ready(self) -> bool:
         """Whether the pipeline is complete."""
-        return self._ready
+        return self._pipeline.ready
 
     @property
     def running_sequences(self) -> int:
@@ -128,9 +126,8 @@ class GenerationHead:
         Raises `InvalidRequestError` (a ValueError), `QueueFullError`,
         `PipelineUnavailableError` or `DeadlineError`.
         """
+        self._pipeline.check()
         now = time.monotonic()
-        if not self._ready and now - self._down_since > self.settings.grace:
-            raise PipelineUnavailableError(self._reason)
         if deadline <= now:
             raise DeadlineError("the deadline has passed already")
         settings = self.settings
@@ -216,21 +213,13 @@ class GenerationHead:
             self.pipeline_down("the KV cache has another size now")
             self.scheduler.configure(blocks, block_tokens)
             self._refit()
-        self._ready = True
-        if self._give_up is not None:
-            self._give_up.cancel()
-            self._give_up = None
+        self._pipeline.up()
         self._pump_soon()
 
     def pipeline_down(self, reason: str) -> None:
         """A link broke: texts go on where they were once the pipeline is back."""
-        self._reason = reason
-        if not self._ready:
+        if not self._pipeline.down(reason):
             return
-        self._ready = False
-        self._down_since = time.monotonic()
-        loop = asyncio.get_running_loop()
-        self._give_up = loop.call_later(self.settings.grace, self._fail_all)
         self._flights.lose()
         replay = self.scheduler.reset()
         for text in replay:
@@ -277,7 +266,7 @@ class GenerationHead:
     def _pump(self) -> None:
         self._pumping = False
         scheduler = self.scheduler
-        while self._ready:
+        while self._pipeline.ready:
             plan = scheduler.plan(in_flight=len(self._flights), decoding=self._flights.decoding)
             if plan is None:
                 return
@@ -365,9 +354,8 @@ class GenerationHead:
             self._close(work, "failed")
 
     def _fail_all(self) -> None:
-        self._give_up = None
         for work in list(self._requests.values()):
-            self._fail(work, PipelineUnavailableError(self._reason))
+            self._fail(work, PipelineUnavailableError(self._pipeline.reason))
 
     def _close(self, work: OpenRequest, outcome: str) -> None:
         """Frees what a request holds. There may still be news to deliver."""

@@ -16,7 +16,8 @@ from miaotui.engine.decode.head import Handle
 from miaotui.engine.decode.settings import GenerationSettings
 from miaotui.engine.decode.types import GenerationRequest, SamplingParams
 from miaotui.engine.decode.validation import InvalidRequestError
-from miaotui.engine.head import ComputeError, PipelineUnavailableError
+from miaotui.engine.head import ComputeError
+from miaotui.engine.readiness import PipelineUnavailableError
 from tests.engine.decode.ring import Listener, Ring, chaos, copying, ids, reference
 
 _VOCABULARY = 5

@@ -21,7 +21,8 @@ from miaotui.engine.decode.types import (
     TokenIds,
 )
 from miaotui.engine.decode.validation import InvalidRequestError
-from miaotui.engine.head import ComputeError, DeadlineError, PipelineUnavailableError
+from miaotui.engine.head import ComputeError, DeadlineError
+from miaotui.engine.readiness import PipelineUnavailableError
 from tests.engine.decode.ring import (
     MODEL,
     Listener,
