@@ -39,30 +39,25 @@ def observe(stage: Stage) -> None:
         )
     if isinstance(head, GenerationHead):
         scheduler = head.scheduler
-
-        def blocks(kind: str) -> int:
-            pool = scheduler.tables.pool
-            if pool is None:
-                return 0
-            return {"all": pool.blocks, "used": pool.used, "cached": pool.cached}[kind]
+        tables = scheduler.tables
 
         gauge(
             "miaotui.kv.blocks",
             "{block}",
             "Blocks of the KV cache of the stage that has fewest",
-            lambda: blocks("all"),
+            lambda: tables.blocks,
         )
         gauge(
             "miaotui.kv.blocks.used",
             "{block}",
             "KV blocks that texts hold",
-            lambda: blocks("used"),
+            lambda: tables.used,
         )
         gauge(
             "miaotui.kv.blocks.cached",
             "{block}",
             "KV blocks that nobody holds, kept for prompts that begin alike",
-            lambda: blocks("cached"),
+            lambda: tables.cached,
         )
         gauge(
             "miaotui.kv.preemptions",
