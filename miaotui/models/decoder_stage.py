@@ -17,16 +17,23 @@ from miaotui.engine.decode.types import DecodeSlice, SampledTokens, SamplingPara
 from miaotui.models.checkpoint import Checkpoint
 from miaotui.models.decoder_families import DecoderFamily, DecoderSkeleton
 from miaotui.models.decoder_fused import fuse, fused_head, fused_norm, rotation
-from miaotui.models.errors import BatchError, PartitionError, UnsupportedModelError
-from miaotui.models.fingerprint import model_fingerprint
+from miaotui.models.errors import BatchError, UnsupportedModelError
 from miaotui.models.kv_cache import KVCache, count_blocks
 from miaotui.models.layers import LayerRange
 from miaotui.models.memory import trim_heap
 from miaotui.models.paged_attention import COPIED_ROW_TOKENS, ROW_TOKENS, Paged, reads_in_place
 from miaotui.models.paged_layout import PagedLayout
-from miaotui.models.precision import dtype_name, resolve_device, resolve_dtype
+from miaotui.models.precision import resolve_device, resolve_dtype
 from miaotui.models.shape import ModelShape
-from miaotui.models.stage import StageInfo, check_materialised, inspect_model, parameter_bytes
+from miaotui.models.stage import (
+    StageInfo,
+    accept_hidden,
+    accept_ids,
+    check_materialised,
+    held_layers,
+    inspect_model,
+    parameter_bytes,
+)
 
 # The id of the sequence that warms up; the head's count from 0.
 _WARM_UP_ID = -1
@@ -121,12 +128,7 @@ class DecoderStageModel:
             raise UnsupportedModelError(
                 f"{directory}: a {family.model_type} model finds answers and does not generate text"
             )
-        layers = LayerRange(0, shape.layers) if layers is None else layers
-        if layers.end > shape.layers:
-            raise PartitionError(
-                f"{directory}: layers {layers} asked for, the model has {shape.layers} "
-                f"(0-{shape.layers})"
-            )
+        layers = held_layers(directory, layers, shape)
         skeleton = family.skeleton(config, layers)
         size = parameter_bytes(skeleton, compute)
         _fill(family, skeleton, checkpoint, compute, target)
@@ -135,23 +137,16 @@ class DecoderStageModel:
         blocks = count_blocks(
             shape, len(layers), kv_block_tokens, compute, target, kv_cache_bytes, kv_sharers
         )
-        info = StageInfo(
-            first_layer=layers.first,
-            end_layer=layers.end,
-            model_layers=shape.layers,
-            hidden_size=shape.hidden_size,
-            vocab_size=shape.vocab_size,
-            max_sequence_length=shape.max_sequence_length,
-            model_type=shape.model_type,
-            model_name=directory.resolve().name,
-            fingerprint=fingerprint or model_fingerprint(directory),
+        whole = family.skeleton(config, LayerRange(0, shape.layers))
+        info = StageInfo.of(
+            directory,
+            layers,
+            shape,
+            compute,
+            target,
+            fingerprint=fingerprint,
             parameter_bytes=size,
-            model_parameter_bytes=parameter_bytes(
-                family.skeleton(config, LayerRange(0, shape.layers)), compute
-            ),
-            dtype=dtype_name(compute),
-            device=str(target),
-            kind="generative",
+            model_parameter_bytes=parameter_bytes(whole, compute),
             kv_blocks=blocks,
             kv_block_tokens=kv_block_tokens,
         )
@@ -253,20 +248,8 @@ class DecoderStageModel:
             raise BatchError(f"the stage of layers {self._range} does not embed token ids")
         if input_ids is None:
             raise BatchError("the first stage takes input_ids, and got none")
-        if input_ids.shape != (layout.offsets[-1],):
-            raise BatchError(
-                f"input_ids has shape {list(input_ids.shape)}; the lengths call for "
-                f"[{layout.offsets[-1]}]"
-            )
-        # On CUDA an index out of range would bring down the whole process, so it is looked for
-        # here, while the ids still lie on the CPU.
-        low, high = (int(bound) for bound in torch.aminmax(input_ids))
-        if low < 0 or high >= self.shape.vocab_size:
-            raise BatchError(
-                f"input_ids range from {low} to {high}; this model takes 0 to "
-                f"{self.shape.vocab_size - 1}. Was the text tokenised for another model?"
-            )
-        ids = input_ids.to(device=self._device, dtype=torch.int64)
+        tokens = layout.offsets[-1]
+        ids = accept_ids(input_ids, "input_ids", self.shape.vocab_size, tokens, self._device)
         hidden: torch.Tensor = self._skeleton.embedding(ids)
         if self._skeleton.positions is not None:
             hidden = hidden + self._skeleton.positions(layout.positions)
@@ -276,12 +259,7 @@ class DecoderStageModel:
         if hidden is None:
             raise BatchError(f"the stage of layers {self._range} takes hidden, and got none")
         expected = (layout.offsets[-1], self.info.hidden_size)
-        if hidden.shape != expected:
-            raise BatchError(
-                f"hidden has shape {list(hidden.shape)}; lengths and model call for "
-                f"{list(expected)}"
-            )
-        return hidden.to(device=self._device, dtype=self._dtype)
+        return accept_hidden(hidden, expected, self._device, self._dtype)
 
     def _layers(self, hidden: torch.Tensor, layout: PagedLayout) -> torch.Tensor:
         hidden = hidden[None]

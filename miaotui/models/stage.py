@@ -54,6 +54,41 @@ class StageInfo:
     kv_blocks: int = 0
     kv_block_tokens: int = 0
 
+    @classmethod
+    def of(
+        cls,
+        directory: Path,
+        layers: LayerRange,
+        shape: ModelShape,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        fingerprint: str | None,
+        parameter_bytes: int,
+        model_parameter_bytes: int,
+        kv_blocks: int = 0,
+        kv_block_tokens: int = 0,
+    ) -> StageInfo:
+        """Describe the stage that holds these layers; `fingerprint`: None: found out."""
+        return cls(
+            first_layer=layers.first,
+            end_layer=layers.end,
+            model_layers=shape.layers,
+            hidden_size=shape.hidden_size,
+            vocab_size=shape.vocab_size,
+            max_sequence_length=shape.max_sequence_length,
+            model_type=shape.model_type,
+            model_name=directory.resolve().name,
+            fingerprint=fingerprint or model_fingerprint(directory),
+            parameter_bytes=parameter_bytes,
+            model_parameter_bytes=model_parameter_bytes,
+            dtype=dtype_name(dtype),
+            device=str(device),
+            kind=shape.kind,
+            kv_blocks=kv_blocks,
+            kv_block_tokens=kv_block_tokens,
+        )
+
     @property
     def is_first(self) -> bool:
         """Whether the stage embeds token ids."""
@@ -133,30 +168,19 @@ class StageModel:
                 f"{directory}: a {family.model_type} model generates text and does not find "
                 "answers; give one with a question-answering head"
             )
-        layers = LayerRange(0, shape.layers) if layers is None else layers
-        if layers.end > shape.layers:
-            raise PartitionError(
-                f"{directory}: layers {layers} asked for, the model has {shape.layers} "
-                f"(0-{shape.layers})"
-            )
+        layers = held_layers(directory, layers, shape)
         skeleton = family.skeleton(config, layers)
         _fill(skeleton, checkpoint, compute, target)
-        info = StageInfo(
-            first_layer=layers.first,
-            end_layer=layers.end,
-            model_layers=shape.layers,
-            hidden_size=shape.hidden_size,
-            vocab_size=shape.vocab_size,
-            max_sequence_length=shape.max_sequence_length,
-            model_type=shape.model_type,
-            model_name=directory.resolve().name,
-            fingerprint=fingerprint or model_fingerprint(directory),
+        whole = family.skeleton(config, LayerRange(0, shape.layers))
+        info = StageInfo.of(
+            directory,
+            layers,
+            shape,
+            compute,
+            target,
+            fingerprint=fingerprint,
             parameter_bytes=parameter_bytes(skeleton, compute),
-            model_parameter_bytes=parameter_bytes(
-                family.skeleton(config, LayerRange(0, shape.layers)), compute
-            ),
-            dtype=dtype_name(compute),
-            device=str(target),
+            model_parameter_bytes=parameter_bytes(whole, compute),
         )
         stage = cls(skeleton, shape, info, fuse=fuse)
         trim_heap()
@@ -251,39 +275,18 @@ class StageModel:
     ) -> torch.Tensor:
         if self._skeleton.embedding is None:
             raise BatchError(f"the stage of layers {self._range} does not embed token ids")
-        ids = self._check_ids(input_ids, "input_ids", self.shape.vocab_size, packed)
+        tokens, shape = packed.offsets[-1], self.shape
+        ids = accept_ids(input_ids, "input_ids", shape.vocab_size, tokens, self._device)
         types = None
-        if token_type_ids is not None and self.shape.type_vocab_size:
-            types = self._check_ids(
-                token_type_ids, "token_type_ids", self.shape.type_vocab_size, packed
+        if token_type_ids is not None and shape.type_vocab_size:
+            types = accept_ids(
+                token_type_ids, "token_type_ids", shape.type_vocab_size, tokens, self._device
             )
         return self._skeleton.embedding(ids, types, packed)
 
-    def _check_ids(
-        self, ids: torch.Tensor, name: str, size: int, packed: PackedSequences
-    ) -> torch.Tensor:
-        if ids.shape != (packed.offsets[-1],):
-            raise BatchError(
-                f"{name} has shape {list(ids.shape)}; the lengths call for [{packed.offsets[-1]}]"
-            )
-        # On CUDA an index out of range would bring down the whole process, so it is looked for
-        # here, while the ids still lie on the CPU.
-        low, high = (int(bound) for bound in torch.aminmax(ids))
-        if low < 0 or high >= size:
-            raise BatchError(
-                f"{name} range from {low} to {high}; this model takes 0 to {size - 1}. "
-                "Was the text tokenised for another model?"
-            )
-        return ids.to(device=self._device, dtype=torch.int64)
-
     def _accept(self, hidden: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
         expected = (packed.offsets[-1], self.info.hidden_size)
-        if hidden.shape != expected:
-            raise BatchError(
-                f"hidden has shape {list(hidden.shape)}; lengths and model call for "
-                f"{list(expected)}"
-            )
-        return hidden.to(device=self._device, dtype=self._dtype)
+        return accept_hidden(hidden, expected, self._device, self._dtype)
 
     def _layers(self, hidden: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
         for step in self._steps:
@@ -308,6 +311,58 @@ def inspect_model(checkpoint: Checkpoint) -> tuple[Family, Any, ModelShape]:
     family.check(checkpoint)
     config = build_config(checkpoint.config, checkpoint.directory)
     return family, config, family.shape(config)
+
+
+def held_layers(directory: Path, layers: LayerRange | None, shape: ModelShape) -> LayerRange:
+    """Return the layers asked for; all where that is None.
+
+    Raises:
+        PartitionError: the model has no such layers.
+    """
+    if layers is None:
+        return LayerRange(0, shape.layers)
+    if layers.end > shape.layers:
+        raise PartitionError(
+            f"{directory}: layers {layers} asked for, the model has {shape.layers} "
+            f"(0-{shape.layers})"
+        )
+    return layers
+
+
+def accept_ids(
+    ids: torch.Tensor, name: str, size: int, tokens: int, device: torch.device
+) -> torch.Tensor:
+    """Return a batch's ids as int64 [tokens] on a device.
+
+    Raises:
+        BatchError: they are of another shape, or not all from 0 to `size` - 1.
+    """
+    if ids.shape != (tokens,):
+        raise BatchError(f"{name} has shape {list(ids.shape)}; the lengths call for [{tokens}]")
+    # On CUDA an index out of range would bring down the whole process, so it is looked for
+    # here, while the ids still lie on the CPU.
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < 0 or high >= size:
+        raise BatchError(
+            f"{name} range from {low} to {high}; this model takes 0 to {size - 1}. "
+            "Was the text tokenised for another model?"
+        )
+    return ids.to(device=device, dtype=torch.int64)
+
+
+def accept_hidden(
+    hidden: torch.Tensor, expected: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return a batch's activations on a device, in a dtype.
+
+    Raises:
+        BatchError: they are not of the `expected` shape, [tokens, hidden_size].
+    """
+    if hidden.shape != expected:
+        raise BatchError(
+            f"hidden has shape {list(hidden.shape)}; lengths and model call for {list(expected)}"
+        )
+    return hidden.to(device=device, dtype=dtype)
 
 
 def parameter_bytes(skeleton: StageSkeleton, dtype: torch.dtype) -> int:
