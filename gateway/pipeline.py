@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
-from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import grpc
 from grpc import aio
@@ -20,7 +19,8 @@ from opentelemetry.trace import Link
 from gateway.cache.lease import Lease
 from gateway.cache.singleflight import SingleFlight
 from gateway.cache.stores import AnswerCache, PromptCache, StoredAnswer
-from gateway.errors import GatewayError, from_rpc
+from gateway.calling import Background, call_id, retried, time_left
+from gateway.errors import GatewayError
 from gateway.metrics import GatewayMetrics
 from gateway.models import ExtractivePair
 from gateway.reading import SpanReader
@@ -37,7 +37,6 @@ _tracer = trace.get_tracer("miaotui.gateway")
 T = TypeVar("T")
 _Request = TypeVar("_Request", tokenizer_pb.EncodeRequest, shard_pb.InferRequest)
 
-RETRY_PAUSE_SECONDS = 0.1
 # Reading more windows than this takes long enough to leave the event loop for it.
 READ_INLINE_WINDOWS = 4
 
@@ -89,15 +88,8 @@ class _Job:
     deadline: float  # on the event loop's clock
     served: Served
 
-    def call_id(self) -> str:
-        """An id for one call: callers may use a request id twice, services must not see it."""
-        return f"{self.request_id}~{secrets.token_hex(4)}"
-
     def time_left(self) -> float:
-        left = self.deadline - asyncio.get_running_loop().time()
-        if left <= 0:
-            raise GatewayError("timeout", "The request's time ran out.")
-        return left
+        return time_left(self.deadline)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +99,9 @@ class Readings:
     served: Served
     answers: list[StoredAnswer]
     cache: CacheStatus
+
+
+_Result = TypeVar("_Result", QaResponse, Readings)
 
 
 class Pipeline:
@@ -128,35 +123,21 @@ class Pipeline:
         self._reader = reader
         self._metrics = metrics
         self._flights: SingleFlight[bytes, _Landing] = SingleFlight()
-        self._stores: set[asyncio.Task[None]] = set()
+        self._stores = Background()
         self._trace_content = trace_content()
         self.in_flight = 0
 
     async def answer(self, request: QaRequest, request_id: str, timeout: float) -> QaResponse:
         """Answers within `timeout` seconds. Raises `GatewayError`; cancelling frees the work."""
-        outcome, cache = "client-closed", "none"
-        self._enter()
-        try:
-            clock = Clock()
-            try:
-                async with asyncio.timeout(timeout):
-                    response = await self._answer(request, request_id, timeout, clock)
-            except TimeoutError:
-                raise GatewayError("timeout", f"No answer within {timeout:g} s.") from None
-            outcome, cache = "ok", response.cache.value
-            self._metrics.hops(response.timings)
-            return response
-        except GatewayError as error:
-            outcome = error.kind.slug
-            raise
-        finally:
-            self._metrics.answered(outcome, cache)
-            self.in_flight -= 1
-            self._metrics.in_flight(-1)
+        response = await self._counted(
+            lambda: self._answer(request, request_id, timeout, Clock()), timeout
+        )
+        self._metrics.hops(response.timings)
+        return response
 
     async def served(self) -> Served:
         """The model served now. Raises `GatewayError` (unavailable) where there is none."""
-        return self._upstream.served or await self._upstream.verified()
+        return await self._upstream.verified()
 
     async def read_passages(
         self, requests: Sequence[QaRequest], request_id: str, timeout: float, clock: Clock
@@ -166,32 +147,17 @@ class Pipeline:
         Passages that were read for the question before come from the answer cache. Raises
         `GatewayError`; cancelling frees the work.
         """
-        outcome, cache = "client-closed", "none"
-        self._enter()
-        try:
-            try:
-                async with asyncio.timeout(timeout):
-                    readings = await self._read_passages(requests, request_id, timeout, clock)
-            except TimeoutError:
-                raise GatewayError("timeout", f"No answer within {timeout:g} s.") from None
-            outcome, cache = "ok", readings.cache.value
-            return readings
-        except GatewayError as error:
-            outcome = error.kind.slug
-            raise
-        finally:
-            self._metrics.answered(outcome, cache)
-            self.in_flight -= 1
-            self._metrics.in_flight(-1)
+        return await self._counted(
+            lambda: self._read_passages(requests, request_id, timeout, clock), timeout
+        )
 
     async def _read_passages(
         self, requests: Sequence[QaRequest], request_id: str, timeout: float, clock: Clock
     ) -> Readings:
-        served = self._upstream.served or await self._upstream.verified()
+        served = await self._upstream.verified()
         deadline = asyncio.get_running_loop().time() + timeout
         jobs = [_Job(request, request_id, deadline, served) for request in requests]
-        identity = f"{served.fingerprint} {served.tokenizer_fingerprint}"
-        keys = [self._answers.key(identity, request) for request in requests]
+        keys = [self._answers.key(served.identity, request) for request in requests]
         found: list[StoredAnswer | None] = [None] * len(jobs)
         cached = not any(request.no_cache for request in requests)
         if cached:
@@ -205,13 +171,33 @@ class Pipeline:
             for place, answer in zip(missing, computed, strict=True):
                 found[place] = answer
                 if cached and self._upstream.served == served:
-                    self._later(self._answers.put(keys[place], answer))
+                    self._stores.start(self._answers.put(keys[place], answer))
         status = CacheStatus.MISS if missing else CacheStatus.HIT
         return Readings(
             served,
             [answer for answer in found if answer is not None],
             status if cached else CacheStatus.BYPASS,
         )
+
+    async def _counted(self, work: Callable[[], Awaitable[_Result]], timeout: float) -> _Result:
+        """Does it within `timeout` seconds, as one of the requests that may be worked on."""
+        outcome, cache = "client-closed", "none"
+        self._enter()
+        try:
+            try:
+                async with asyncio.timeout(timeout):
+                    result = await work()
+            except TimeoutError:
+                raise GatewayError("timeout", f"No answer within {timeout:g} s.") from None
+            outcome, cache = "ok", result.cache.value
+            return result
+        except GatewayError as error:
+            outcome = error.kind.slug
+            raise
+        finally:
+            self._metrics.answered(outcome, cache)
+            self.in_flight -= 1
+            self._metrics.in_flight(-1)
 
     def _enter(self) -> None:
         if self.in_flight >= self._settings.max_concurrent_requests:
@@ -223,7 +209,7 @@ class Pipeline:
     async def _answer(
         self, request: QaRequest, request_id: str, timeout: float, clock: Clock
     ) -> QaResponse:
-        served = self._upstream.served or await self._upstream.verified()
+        served = await self._upstream.verified()
         deadline = asyncio.get_running_loop().time() + timeout
         job = _Job(request, request_id, deadline, served)
         if request.no_cache:
@@ -252,8 +238,7 @@ class Pipeline:
 
     async def _shared(self, job: _Job, clock: Clock) -> tuple[StoredAnswer, CacheStatus]:
         """From the cache, from an equal request in flight, or computed."""
-        identity = f"{job.served.fingerprint} {job.served.tokenizer_fingerprint}"
-        key = self._answers.key(identity, job.request)
+        key = self._answers.key(job.served.identity, job.request)
         while (flight := self._flights.join(key)) is not None:
             link = [Link(flight.context)] if flight.context.is_valid else None
             with _tracer.start_as_current_span("wait for an equal request", links=link):
@@ -284,7 +269,7 @@ class Pipeline:
                 return stored, CacheStatus.SHARED
             return await self._compute_and_keep(key, job, clock), CacheStatus.MISS
         finally:
-            self._later(lease.give_back())
+            self._stores.start(lease.give_back())
 
     async def _compute_and_keep(self, key: bytes, job: _Job, clock: Clock) -> StoredAnswer:
         stored = await self._compute(job, clock)
@@ -348,7 +333,7 @@ class Pipeline:
                 return await clock.timed("tokenizer", self._tokenize(job, encode)), known
         encode.text = request.context
         windows = await clock.timed("tokenizer", self._tokenize(job, encode))
-        self._later(self._prompts.put(key, windows.passage))
+        self._stores.start(self._prompts.put(key, windows.passage))
         return windows, windows.passage
 
     async def _tokenize(
@@ -365,20 +350,17 @@ class Pipeline:
         method: UnaryMethod[_Request, T],
         request: _Request,
     ) -> T:
-        for attempt in (1, 2):
-            request.request_id = job.call_id()
+        async def attempt() -> T:
+            request.request_id = call_id(job.request_id)
             try:
                 return await call(method, request, name=name, timeout=job.time_left())
             except aio.AioRpcError as error:
                 if _is_refused_prompt(error, request):
                     raise _RefusedPromptError from None
-                if error.code() is not grpc.StatusCode.UNAVAILABLE or attempt == 2:
-                    raise from_rpc(error, service) from None
-            await asyncio.sleep(RETRY_PAUSE_SECONDS)
-            # The process behind the address may be another now.
-            if await self._upstream.verified() != job.served:
-                raise GatewayError("unavailable", "The model has just been replaced.")
-        raise AssertionError("unreachable")
+                raise
+
+        # The process behind the address may be another by the second time.
+        return await retried(attempt, service, lambda: self._upstream.check_still(job.served))
 
     async def _read(
         self,
@@ -398,14 +380,9 @@ class Pipeline:
                 "service-failed", "Tokenizer and shards gave replies that do not fit each other."
             ) from None
 
-    def _later(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._stores.add(task)
-        task.add_done_callback(self._stores.discard)
-
     async def close(self) -> None:
         """Waits for cache writes that are under way."""
-        await asyncio.gather(*self._stores, return_exceptions=True)
+        await self._stores.finish()
 
 
 class _RefusedPromptError(Exception):

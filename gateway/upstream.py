@@ -65,6 +65,11 @@ class Served:
     writing: Writing | None = None
     no_answer_thresholds: tuple[tuple[str, float], ...] = ()
 
+    @property
+    def identity(self) -> str:
+        """What cached results depend on."""
+        return f"{self.fingerprint} {self.tokenizer_fingerprint}"
+
 
 class Pair:
     """Watches a tokenizer and a stage 0 and says which model they serve together.
@@ -124,6 +129,11 @@ class Pair:
         if self._served is None:
             raise GatewayError("unavailable", self._reason)
         return self._served
+
+    async def check_still(self, served: Served) -> None:
+        """Raises `GatewayError` where another model is served by now, or none."""
+        if await self.verified() != served:
+            raise GatewayError("unavailable", "The model has just been replaced.")
 
     async def look(self) -> None:
         """Asks both services who they are and whether they are healthy."""

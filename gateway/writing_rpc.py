@@ -43,8 +43,7 @@ class WritingRpc:
         if self._generator is None:
             raise GatewayError("model-not-found", "No model that writes text is loaded.")
         generation = self._parse(request)
-        pair = self._generator.pair
-        served = pair.served or await pair.verified()
+        served = await self._generator.pair.verified()
         if request.model not in ("", served.name, served.fingerprint):
             raise GatewayError("model-not-found", "No model of this name writes text here.")
         timeout = self._settings.generation_timeout

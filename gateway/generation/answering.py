@@ -27,13 +27,12 @@ class Answerer:
 
     async def served(self) -> Served:
         """The model served now. Raises `GatewayError` (unavailable) where there is none."""
-        return self._generator.pair.served or await self._generator.pair.verified()
+        return await self._generator.pair.verified()
 
     async def answer(self, request: QaRequest, request_id: str, timeout: float) -> QaResponse:
         """Answers within `timeout` seconds. Raises `GatewayError`; cancelling frees the work."""
         started = time.perf_counter()
-        pair = self._generator.pair
-        served = pair.served or await pair.verified()
+        served = await self.served()
         context = request.context
         long = len(context) >= _LONG_CONTEXT
         cut = asyncio.to_thread(split_passages, context) if long else None

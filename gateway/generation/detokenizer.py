@@ -6,15 +6,12 @@ import asyncio
 import contextvars
 from collections.abc import Iterable, Sequence
 
-import grpc
-from grpc import aio
-
-from gateway.errors import GatewayError, from_rpc
+from gateway.calling import retried
+from gateway.errors import GatewayError
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 from services.rpc.channel import UnaryMethod
 
 DECODE_SECONDS = 5.0
-RETRY_PAUSE_SECONDS = 0.1
 
 Decode = UnaryMethod[tokenizer_pb.DecodeBatchRequest, tokenizer_pb.DecodeBatchResponse]
 
@@ -82,7 +79,9 @@ class Detokenizer:
             items=[item for one in asked for item in one.items], pieces=pieces
         )
         try:
-            response = await self._call(request)
+            response = await retried(
+                lambda: self._decode(request, timeout=DECODE_SECONDS), "tokenizer"
+            )
             if len(response.items) != len(request.items) or len(response.pieces) != len(pieces):
                 raise GatewayError("service-failed", "The tokenizer's reply does not fit.")
         except GatewayError as error:
@@ -99,18 +98,6 @@ class Detokenizer:
             if not one.future.done():
                 one.future.set_result(items[first : first + count])
             first += count
-
-    async def _call(
-        self, request: tokenizer_pb.DecodeBatchRequest
-    ) -> tokenizer_pb.DecodeBatchResponse:
-        for attempt in (1, 2):
-            try:
-                return await self._decode(request, timeout=DECODE_SECONDS)
-            except aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE or attempt == 2:
-                    raise from_rpc(error, "tokenizer") from None
-            await asyncio.sleep(RETRY_PAUSE_SECONDS)
-        raise AssertionError("unreachable")
 
     async def close(self) -> None:
         """Ends the call in flight."""

@@ -6,10 +6,10 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import grpc
 import numpy as np
@@ -18,6 +18,7 @@ from opentelemetry import trace
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from gateway.cache.singleflight import SingleFlight
+from gateway.calling import RETRY_PAUSE_SECONDS, Background, call_id, retried, time_left
 from gateway.errors import FieldError, GatewayError, from_rpc
 from gateway.generation.detokenizer import Detokenizer
 from gateway.generation.memory import Collector, StoredTexts, TextCache
@@ -36,7 +37,6 @@ from services.rpc.channel import call
 log = logging.getLogger(__name__)
 _tracer = trace.get_tracer("miaotui.gateway")
 
-RETRY_PAUSE_SECONDS = 0.1
 _STAGE_0 = "stage 0"
 
 _Landing: TypeAlias = tuple[StoredTexts, CacheStatus]
@@ -55,14 +55,7 @@ class _Job:
     """Where its texts are kept; None where they would not be the same again, or must not be."""
 
     def time_left(self) -> float:
-        return _time_left(self.deadline)
-
-
-def _time_left(deadline: float) -> float:
-    left = deadline - asyncio.get_running_loop().time()
-    if left <= 0:
-        raise GatewayError("timeout", "The request's time ran out.")
-    return left
+        return time_left(self.deadline)
 
 
 class Generator:
@@ -81,7 +74,7 @@ class Generator:
         self._metrics = metrics
         self._detokenizer = Detokenizer(pair.decode)
         self._flights: SingleFlight[bytes, _Landing] = SingleFlight()
-        self._stores: set[asyncio.Task[None]] = set()
+        self._stores = Background()
         self.in_flight = 0
 
     async def stream(
@@ -195,7 +188,7 @@ class Generator:
 
     async def _prepare(self, request: GenerationRequest, request_id: str, timeout: float) -> _Job:
         deadline = asyncio.get_running_loop().time() + timeout
-        served = self.pair.served or await self.pair.verified()
+        served = await self.pair.verified()
         writing = served.writing
         assert writing is not None  # the pair's kind
         self._detokenizer.model(served.tokenizer_fingerprint)
@@ -209,9 +202,8 @@ class Generator:
         key = None
         repeatable = generate.sampling.temperature == 0 or request.sampling.seed is not None
         if repeatable and not request.no_cache and request.sampling.logprobs is None:
-            identity = f"{served.fingerprint} {served.tokenizer_fingerprint}"
             chat = isinstance(request.prompt, tokenizer_pb.ChatPrompt)
-            key = self._texts.key(identity, generate, request.stop, chat)
+            key = self._texts.key(served.identity, generate, request.stop, chat)
         return _Job(request, request_id, deadline, served, generate, key)
 
     async def _encode(self, request: GenerationRequest, request_id: str, deadline: float) -> bytes:
@@ -220,21 +212,14 @@ class Generator:
             encode.chat.CopyFrom(request.prompt)
         elif isinstance(request.prompt, str):
             encode.text = request.prompt
-        for attempt in (1, 2):
-            encode.request_id = _call_id(request_id)
-            try:
-                response = await call(
-                    self.pair.encode,
-                    encode,
-                    name="miaotui.v1.TokenizerService/EncodePrompt",
-                    timeout=_time_left(deadline),
-                )
-                return response.input_ids
-            except aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE or attempt == 2:
-                    raise from_rpc(error, "tokenizer") from None
-            await asyncio.sleep(RETRY_PAUSE_SECONDS)
-        raise AssertionError("unreachable")
+
+        async def attempt() -> tokenizer_pb.EncodePromptResponse:
+            encode.request_id = call_id(request_id)
+            name = "miaotui.v1.TokenizerService/EncodePrompt"
+            return await call(self.pair.encode, encode, name=name, timeout=time_left(deadline))
+
+        response = await retried(attempt, "tokenizer")
+        return response.input_ids
 
     async def _write(self, job: _Job) -> AsyncGenerator[News]:
         """The news of a request that no cache answers."""
@@ -258,13 +243,12 @@ class Generator:
                     raise from_rpc(error, _STAGE_0) from None
             await asyncio.sleep(RETRY_PAUSE_SECONDS)
             # The process behind the address may be another now.
-            if await self.pair.verified() != job.served:
-                raise GatewayError("unavailable", "The model has just been replaced.")
+            await self.pair.check_still(job.served)
 
     async def _attempt(self, job: _Job) -> AsyncGenerator[News]:
         """One call at the shards. Raises `AioRpcError` and `GatewayError`."""
         texts = _growing(job)
-        job.generate.request_id = _call_id(job.request_id)
+        job.generate.request_id = call_id(job.request_id)
         usage = Usage(prompt_tokens=len(job.generate.input_ids) // 4)
         name = "miaotui.v1.ShardService/Generate"
         # Not the current span: a generator's code runs in its caller's context.
@@ -325,22 +309,12 @@ class Generator:
     def _keep(self, job: _Job, key: bytes, stored: StoredTexts) -> None:
         # A model that was replaced meanwhile must not leave texts under the old name.
         if self.pair.served == job.served:
-            self._later(self._texts.put(key, stored))
-
-    def _later(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._stores.add(task)
-        task.add_done_callback(self._stores.discard)
+            self._stores.start(self._texts.put(key, stored))
 
     async def close(self) -> None:
         """Waits for cache writes that are under way."""
-        await asyncio.gather(*self._stores, return_exceptions=True)
+        await self._stores.finish()
         await self._detokenizer.close()
-
-
-def _call_id(request_id: str) -> str:
-    """An id for one call: callers may use a request id twice, services must not see it."""
-    return f"{request_id}~{secrets.token_hex(4)}"
 
 
 def _cut_short(texts: Sequence[GrowingText]) -> bool:

@@ -168,7 +168,7 @@ class OpenAiApi:
 
 
 async def _served(generator: Generator, model: str | None) -> Served:
-    served = generator.pair.served or await generator.pair.verified()
+    served = await generator.pair.verified()
     if model is not None and model not in (served.name, served.fingerprint):
         raise GatewayError(
             "model-not-found",
