@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from gateway.documents.answering import CollectionAnswerer
 from gateway.documents.service import Documents
-from gateway.errors import FieldError, GatewayError
 from gateway.generation.answering import Answerer
 from gateway.generation.generator import Generator
 from gateway.pipeline import Pipeline
-from gateway.schema import QaRequest, QaResponse, invalid
+from gateway.schema import QaRequest, QaResponse, no_model_for
 from gateway.settings import GatewaySettings
 
 
@@ -31,14 +30,11 @@ class Desk:
         """Answers within `timeout` seconds; None: the mode's default. Raises `GatewayError`."""
         if request.mode == "generative":
             if self._answerer is None:
-                raise _missing(
-                    "no model that writes text is loaded: leave it out, or set "
-                    "MIAOTUI_GATEWAY_GENERATOR_TOKENIZER and _SHARD"
-                )
+                raise no_model_for("generative")
             seconds = self._settings.generation_timeout if timeout is None else timeout
             return await self._answerer.answer(request, request_id, seconds)
         if self._pipeline is None:
-            raise _missing('no model that finds spans is loaded: ask with "mode": "generative"')
+            raise no_model_for("extractive")
         longest = self._settings.max_request_timeout
         seconds = self._settings.request_timeout if timeout is None else min(timeout, longest)
         return await self._pipeline.answer(request, request_id, seconds)
@@ -49,7 +45,3 @@ class Desk:
         for worker in (self._pipeline, self.generator):
             if worker is not None:
                 await worker.close()
-
-
-def _missing(detail: str) -> GatewayError:
-    return invalid([FieldError("/mode", detail)])

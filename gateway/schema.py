@@ -170,6 +170,18 @@ def parse_request(data: Any, settings: GatewaySettings, pointer: str = "") -> Qa
     return request
 
 
+_NOT_LOADED = {
+    "extractive": 'no model that finds spans is loaded: ask with "mode": "generative"',
+    "generative": "no model that writes text is loaded: leave it out, or set "
+    "MIAOTUI_GATEWAY_GENERATOR_TOKENIZER and _SHARD",
+}
+
+
+def no_model_for(mode: Literal["extractive", "generative"]) -> GatewayError:
+    """The error for a question in a mode that no loaded model answers in."""
+    return invalid([FieldError("/mode", _NOT_LOADED[mode])])
+
+
 def invalid(faults: list[FieldError]) -> GatewayError:
     """The error for a request with these faults."""
     count = f"{len(faults)} places" if len(faults) > 1 else "one place"

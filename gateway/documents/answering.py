@@ -17,7 +17,7 @@ from gateway.documents.service import Documents
 from gateway.errors import FieldError, GatewayError
 from gateway.generation.answering import Answerer
 from gateway.pipeline import Clock, Pipeline
-from gateway.schema import CacheStatus, QaRequest, invalid
+from gateway.schema import CacheStatus, QaRequest, invalid, no_model_for
 from gateway.settings import GatewaySettings
 from gateway.upstream import Served
 from miaotui.retrieval.answers import (
@@ -85,8 +85,7 @@ class CollectionAnswerer:
         clock: Clock,
     ) -> CollectionAnswer:
         if self._pipeline is None:
-            detail = 'no model that finds spans is loaded: ask with "mode": "generative"'
-            raise invalid([FieldError("/mode", detail)])
+            raise no_model_for("extractive")
         served = await self._pipeline.served()
         found = await self._found(question, collection, seconds, clock)
         if not found:
@@ -151,11 +150,7 @@ class CollectionAnswerer:
         clock: Clock,
     ) -> CollectionAnswer:
         if self._writer is None:
-            detail = (
-                "no model that writes text is loaded: leave it out, or set "
-                "MIAOTUI_GATEWAY_GENERATOR_TOKENIZER and _SHARD"
-            )
-            raise invalid([FieldError("/mode", detail)])
+            raise no_model_for("generative")
         served = await self._writer.served()
         found = await self._found(question, collection, seconds, clock)
         if not found:

@@ -38,13 +38,7 @@ def _check_type(request: Request) -> None:
 
 async def _read(request: Request, settings: GatewaySettings) -> bytes:
     limit = settings.max_body_bytes
-    too_large = GatewayError("body-too-large", f"The body has more than {limit} bytes.")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit):
-        # With "Expect: 100-continue" nothing has been sent yet, nor need it be.
-        if "expect" not in request.headers:
-            await _drain(request, limit * _DRAIN_FACTOR)
-        raise too_large
+    await _check_declared(request, limit)
     body = bytearray()
     more = True
     try:
@@ -61,7 +55,7 @@ async def _read(request: Request, settings: GatewaySettings) -> bytes:
         body.clear()
         if more:
             await _drain(request, limit * _DRAIN_FACTOR)
-        raise too_large
+        raise _too_large(limit)
     return bytes(body)
 
 
@@ -71,12 +65,7 @@ async def limited(request: Request, settings: GatewaySettings) -> AsyncGenerator
     Raises `GatewayError` where it is too large, or does not come at all for a while.
     """
     limit = settings.max_body_bytes
-    too_large = GatewayError("body-too-large", f"The body has more than {limit} bytes.")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit):
-        if "expect" not in request.headers:
-            await _drain(request, limit * _DRAIN_FACTOR)
-        raise too_large
+    await _check_declared(request, limit)
     received = 0
     more = True
     while more:
@@ -92,8 +81,21 @@ async def limited(request: Request, settings: GatewaySettings) -> AsyncGenerator
         if received > limit:
             if more:
                 await _drain(request, limit * _DRAIN_FACTOR)
-            raise too_large
+            raise _too_large(limit)
         yield message.get("body", b"")
+
+
+async def _check_declared(request: Request, limit: int) -> None:
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit):
+        # With "Expect: 100-continue" nothing has been sent yet, nor need it be.
+        if "expect" not in request.headers:
+            await _drain(request, limit * _DRAIN_FACTOR)
+        raise _too_large(limit)
+
+
+def _too_large(limit: int) -> GatewayError:
+    return GatewayError("body-too-large", f"The body has more than {limit} bytes.")
 
 
 async def _drain(request: Request, limit: int) -> None:
