@@ -12,12 +12,18 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import httpx
 
-from miaotui.streaming import AsyncTextStream, MiaotuiError, TextStream, read_error
+from miaotui.streaming import (
+    AsyncClosedOnExit,
+    AsyncTextStream,
+    ClosedOnExit,
+    MiaotuiError,
+    TextStream,
+    read_error,
+)
 
 __all__ = [
     "Answer",
@@ -198,7 +204,7 @@ def _line(line: str) -> tuple[int, Answer | MiaotuiError]:
     return body["index"], _answer(body["response"])
 
 
-class Client(_Requests):
+class Client(_Requests, ClosedOnExit):
     """Blocks while it waits. Use as a context manager, or call `close`."""
 
     def __init__(self, url: str = DEFAULT_URL, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
@@ -278,19 +284,8 @@ class Client(_Requests):
         """Closes the connections."""
         self._http.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class AsyncClient(_Requests):
+class AsyncClient(_Requests, AsyncClosedOnExit):
     """The same for asyncio. Use as an async context manager, or call `close`."""
 
     def __init__(self, url: str = DEFAULT_URL, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
@@ -369,14 +364,3 @@ class AsyncClient(_Requests):
     async def close(self) -> None:
         """Closes the connections."""
         await self._http.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()

@@ -27,6 +27,44 @@ def read_error(body: Any, status: int) -> MiaotuiError:
     return MiaotuiError(str(error.get("message", "no text")), status, error)
 
 
+class ClosedOnExit:
+    """A context manager that closes itself when it is left."""
+
+    def close(self) -> None:
+        """Closes it."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class AsyncClosedOnExit:
+    """The same for asyncio."""
+
+    async def close(self) -> None:
+        """Closes it."""
+        raise NotImplementedError
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
 class _Reading:
     """What has come so far."""
 
@@ -63,7 +101,7 @@ class _Reading:
             raise MiaotuiError("the gateway ended the text too early")
 
 
-class TextStream(_Reading):
+class TextStream(_Reading, ClosedOnExit):
     """Iterate over it for the pieces. As a context manager it ends the work when left."""
 
     def __init__(self, response: httpx.Response) -> None:
@@ -92,19 +130,8 @@ class TextStream(_Reading):
         """Closes the connection, which ends the work at the gateway."""
         self._response.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class AsyncTextStream(_Reading):
+class AsyncTextStream(_Reading, AsyncClosedOnExit):
     """The same for asyncio."""
 
     def __init__(self, response: httpx.Response) -> None:
@@ -132,14 +159,3 @@ class AsyncTextStream(_Reading):
     async def close(self) -> None:
         """Closes the connection, which ends the work at the gateway."""
         await self._response.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
