@@ -75,7 +75,8 @@ class Batch:
     """Sequences laid end to end, without padding.
 
     `hidden` is `[tokens, hidden_size]` between stages and float32 `[tokens, 2]` (start and
-    end logits) after the last; None before stage 0 has computed and where no sequence is left.
+    end logits) after the last, or `[sequences, hidden_size]` of a model that turns texts into
+    vectors; None before stage 0 has computed and where no sequence is left.
     """
 
     batch_id: int
@@ -89,6 +90,8 @@ class Batch:
     """Decoders: ids of sequences that have ended; what is kept for sampling them may go."""
     sampled: list[SampledTokens] | None = None
     """Decoders, after the last stage: one entry a sequence with `samples`; `hidden` is None."""
+    lane: int = 0
+    """Stage 0's number of the lane that it takes."""
 
     @property
     def lengths(self) -> list[int]:

@@ -38,7 +38,8 @@ class Inference:
     """A request's result."""
 
     logits: list[Logits]
-    """float32 [tokens, 2] a sequence: start and end logits."""
+    """A sequence each: float32 [tokens, 2], start and end logits; of an embedding model
+    [1, hidden_size]."""
     timings: list[StageTiming]
     """Per stage, the slowest sequence's."""
 
@@ -51,24 +52,39 @@ class _Request:
     started: bool = False
 
 
+@dataclass(slots=True)
+class _Lane:
+    """A way through one replica of each later stage, and what is on it."""
+
+    running: dict[int, list[Job]] = field(default_factory=dict)
+    order: SendOrder = field(default_factory=SendOrder)
+    tokens: int = 0
+    """Of the batches on it."""
+    leaving: bool = False
+    """Whether it takes nothing new."""
+
+
 @dataclass(frozen=True)
 class HeadSettings:
     """Bounds of the head."""
 
     max_in_flight: int
-    """Batches in the pipeline at once; stages + 1 keeps every stage busy."""
+    """Batches on each lane at once; stages + 1 keeps every stage busy."""
     grace: float = 15.0
     """Seconds that requests wait for a broken pipeline to come back."""
     max_attempts: int = 3
     """How often a sequence is started before its request fails."""
+    vectors: bool = False
+    """Whether a sequence's result is one row, not one a token."""
 
 
 class Head:
     """Holds requests from arrival to result. The event loop owns it; nothing here computes.
 
-    `compute` runs a batch through stage 0; `send` passes it to stage 1 (None where there is
-    only one stage); both are called in the order of the batches. `cancel` tells the stages
-    behind that nobody waits for some requests.
+    `compute` runs a batch through stage 0; `send` passes it to stage 1 by way of the lane
+    `batch.lane` (None where there is only one stage); both are called in the order of the
+    batches, `send` of those of a lane. `cancel` tells the stages behind that nobody waits for
+    some requests. A batch goes to the lane with the least work on it.
     """
 
     def __init__(
@@ -86,9 +102,8 @@ class Head:
         self._send = send
         self._cancel = cancel
         self._requests: dict[str, _Request] = {}
-        self._running: dict[int, list[Job]] = {}
+        self._lanes: dict[int, _Lane] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._order = SendOrder()
         self._batch_ids = itertools.count(1)
         self._request_ids = itertools.count(1)
         self._pipeline = Readiness(settings.grace, self._fail_all)
@@ -106,7 +121,7 @@ class Head:
     @property
     def running_sequences(self) -> int:
         """Sequences in the pipeline now."""
-        return sum(len(jobs) for jobs in self._running.values())
+        return sum(len(jobs) for lane in self._lanes.values() for jobs in lane.running.values())
 
     @property
     def open_requests(self) -> int:
@@ -151,9 +166,13 @@ class Head:
         return Inference(logits, [request.timings[stage] for stage in sorted(request.timings)])
 
     def complete(self, batch: Batch) -> None:
-        """Takes a batch's results: `hidden` is float32 [tokens, 2]."""
-        if self._running.pop(batch.batch_id, None) is None:
-            return  # of a pipeline that broke meanwhile: its sequences run again
+        """Takes a batch's results: `hidden` is float32 [tokens, 2], or [sequences, hidden_size]
+        of a model that turns texts into vectors."""
+        lane = self._lanes.get(batch.lane)
+        jobs = None if lane is None else lane.running.pop(batch.batch_id, None)
+        if lane is None or jobs is None:
+            return  # of a lane that broke meanwhile: its sequences run again
+        lane.tokens -= sum(job.meta.length for job in jobs)
         for dropped in batch.dropped:
             if dropped.code is DropCode.DEADLINE_EXCEEDED:
                 self._fail(dropped.request_id, DeadlineError(dropped.message))
@@ -163,21 +182,35 @@ class Head:
             logits = batch.hidden.numpy()
             begin = 0
             for meta in batch.sequences:
-                self._store(meta, logits[begin : begin + meta.length], batch.timings)
-                begin += meta.length
+                rows = 1 if self.settings.vectors else meta.length
+                self._store(meta, logits[begin : begin + rows], batch.timings)
+                begin += rows
         self._pump()
 
-    def pipeline_up(self) -> None:
-        """All stages are there and fit together."""
+    def pipeline_up(self, lane: int = 0) -> None:
+        """A lane is complete: its stages are there and fit together."""
+        self._lanes.setdefault(lane, _Lane())
         self._pipeline.up()
         self._pump()
 
-    def pipeline_down(self, reason: str) -> None:
-        """A link broke: what is in flight will run again once the pipeline is back."""
-        if not self._pipeline.down(reason):
+    def pipeline_leaving(self, lane: int) -> None:
+        """A lane takes no new batches."""
+        if (leaving := self._lanes.get(lane)) is not None:
+            leaving.leaving = True
+
+    def in_flight(self, lane: int) -> int:
+        """Batches on a lane."""
+        return len(self._lanes[lane].running) if lane in self._lanes else 0
+
+    def pipeline_down(self, reason: str, lane: int = 0) -> None:
+        """A lane broke: what is on it will run again, on another or once one is back."""
+        broken = self._lanes.pop(lane, None)
+        if broken is None:
+            if not self._lanes:
+                self._pipeline.down(reason)
             return
         replay: list[Job] = []
-        for jobs in self._running.values():
+        for jobs in broken.running.values():
             for job in jobs:
                 request = self._requests.get(job.meta.request_id)
                 if request is None or request.logits[job.meta.sequence] is not None:
@@ -190,50 +223,65 @@ class Head:
                     self._fail(job.meta.request_id, error)
                 else:
                     replay.append(job)
-        self._running.clear()
-        self._order.forget()
         self.scheduler.put_back(replay)
         if replay:
             log.warning("%d sequences will run again: %s", len(replay), reason)
+        if self._lanes:
+            self._pump()
+        else:
+            self._pipeline.down(reason)
 
     async def drain(self, seconds: float) -> None:
         """Waits until nothing is open, for at most `seconds`."""
         if self._requests:
             await asyncio.wait([r.done for r in self._requests.values()], timeout=seconds)
 
+    def _free_lane(self) -> int | None:
+        """The lane with the least work that has room for a batch."""
+        free = [
+            (lane.tokens, number)
+            for number, lane in self._lanes.items()
+            if not lane.leaving and len(lane.running) < self.settings.max_in_flight
+        ]
+        return min(free)[1] if free else None
+
     def _pump(self) -> None:
-        while self._pipeline.ready and len(self._running) < self.settings.max_in_flight:
+        while self._pipeline.ready and (number := self._free_lane()) is not None:
             jobs = [job for job in self.scheduler.next_batch() if not self._overdue(job)]
             if not jobs:
                 if not len(self.scheduler):
                     return
                 continue
-            batch = Batch(next(self._batch_ids), [job.meta for job in jobs])
-            self._running[batch.batch_id] = jobs
-            batch.in_flight = len(self._running)
-            task = asyncio.create_task(self._run(batch, jobs, self._order.next()))
+            lane = self._lanes[number]
+            batch = Batch(next(self._batch_ids), [job.meta for job in jobs], lane=number)
+            lane.running[batch.batch_id] = jobs
+            lane.tokens += batch.tokens
+            batch.in_flight = len(lane.running)
+            task = asyncio.create_task(self._run(batch, jobs, lane, lane.order.next()))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, batch: Batch, jobs: list[Job], turn: Turn) -> None:
+    async def _run(self, batch: Batch, jobs: list[Job], lane: _Lane, turn: Turn) -> None:
         """Computes a batch, and sends it in its turn."""
         with turn:
+            if self._lanes.get(batch.lane) is not lane:
+                return  # the lane broke before this turn of the loop
             # A batch set out alone leaves other cores idle; what joins it until it computes counts.
-            batch.in_flight = max(batch.in_flight, len(self._running))
+            batch.in_flight = max(batch.in_flight, len(lane.running))
             await self._compute(batch, jobs)
             await turn.comes()
-            if batch.batch_id in self._running:  # otherwise the pipeline broke meanwhile
-                await self._pass_on(batch)
+            if self._lanes.get(batch.lane) is lane:  # otherwise it broke meanwhile
+                await self._pass_on(batch, lane)
 
-    async def _pass_on(self, batch: Batch) -> None:
+    async def _pass_on(self, batch: Batch, lane: _Lane) -> None:
         if self._send is None or not batch.sequences:
             self.complete(batch)
             return
         try:
             await self._send(batch)
         except ConnectionError as error:
-            if batch.batch_id in self._running:
-                self.pipeline_down(str(error))
+            if self._lanes.get(batch.lane) is lane:
+                self.pipeline_down(str(error), batch.lane)
         except Exception:
             # Its requests would wait for ever otherwise.
             log.exception("stage 0 could not send batch %d", batch.batch_id)

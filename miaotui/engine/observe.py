@@ -32,6 +32,8 @@ class StageObserver:
         self.stage = stage
         self.sequences_total = 0
         self.tokens_total = 0
+        self.batches_total = 0
+        self.compute_seconds = 0.0
         self._tracer = trace.get_tracer("miaotui.engine")
         meter = metrics.get_meter("miaotui.engine")
         self._queue = meter.create_histogram(
@@ -58,6 +60,8 @@ class StageObserver:
         tokens = batch.tokens
         self.sequences_total += len(batch.sequences)
         self.tokens_total += tokens
+        self.batches_total += 1
+        self.compute_seconds += finished - started
         self._compute.record(finished - started, self._labels)
         self._tokens.add(tokens, self._labels)
         self._sequences.add(len(batch.sequences), self._labels)

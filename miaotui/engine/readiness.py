@@ -27,8 +27,13 @@ class Readiness:
 
     def check(self) -> None:
         """Raises `PipelineUnavailableError` where there is nothing to wait for."""
-        if not self.ready and time.monotonic() - self._down_since > self._grace:
+        if not self.patient:
             raise PipelineUnavailableError(self.reason)
+
+    @property
+    def patient(self) -> bool:
+        """Whether it is ready, or has not been down for long."""
+        return self.ready or time.monotonic() - self._down_since <= self._grace
 
     def up(self) -> None:
         """The pipeline is complete."""

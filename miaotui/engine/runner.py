@@ -13,11 +13,13 @@ import numpy.typing as npt
 import torch
 
 from miaotui.engine.batch import Batch, CancelledSet, DropCode, StageTiming, drop_unwanted
+from miaotui.engine.decode.share import KvShare
 from miaotui.engine.decode.types import DecodeSlice, TokenIds
 from miaotui.engine.observe import StageObserver
 from miaotui.engine.scheduler import Job
 from miaotui.engine.worker import ComputeWorker
 from miaotui.models.decoder_stage import DecoderBatch
+from miaotui.models.errors import BatchError
 from miaotui.models.stage import StageBatch
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ class StageRunner:
         self.stage = stage
         self.observer = StageObserver(stage)
         self._worker = worker
-        self._released: list[int] = []
+        self._share = KvShare()
 
     async def compute(
         self, batch: Batch, cancelled: CancelledSet, jobs: Sequence[Job] | None = None
@@ -45,24 +47,27 @@ class StageRunner:
         if batch.sequences:
             batch.hidden = await self._run(batch, _stage_batch(batch, jobs))
 
-    async def decode(self, batch: Batch, input_ids: TokenIds | None = None) -> None:
+    async def decode(
+        self, batch: Batch, input_ids: TokenIds | None = None, share: KvShare | None = None
+    ) -> None:
         """As `compute`, of a decoder: `batch.hidden`, or at the last stage `batch.sampled`.
 
-        `input_ids`: stage 0's, int32 [tokens]. Nothing is dropped from such a batch, because
-        the KV cache must hold the same at every stage: it is computed or fails as a whole.
+        `input_ids`: stage 0's, int32 [tokens]. `share`: the lane's part of the KV cache; None:
+        all of it. Nothing is dropped from such a batch, because the KV cache must hold the same
+        at every stage: it is computed or fails as a whole.
         """
-        if self._released:
-            # Of a batch that was not computed here or before.
-            batch.released = [*self._released, *batch.released]
-            self._released = []
+        share = self._share if share is None else share
+        batch.released = share.settle(batch.released)
         if batch.sequences:
-            output = await self._run(batch, _decoder_batch(batch, input_ids))
+            output = await self._run(batch, _decoder_batch(batch, input_ids, share))
             if isinstance(output, list):
-                batch.hidden, batch.sampled = None, output
+                batch.hidden, batch.sampled = None, share.sampled(output)
             else:
                 batch.hidden = output
         if not batch.sequences:
-            self._released, batch.released = batch.released, []
+            # Of a batch that was not computed here or before: the next one's to report.
+            share.owe(batch.released)
+            batch.released = []
 
     async def _run(self, batch: Batch, inputs: StageBatch | DecoderBatch) -> Any:
         """The model's output; None where it failed, and the batch with it."""
@@ -70,6 +75,11 @@ class StageRunner:
             done = await asyncio.wrap_future(self._worker.submit(inputs, in_flight=batch.in_flight))
         except asyncio.CancelledError:
             raise
+        except BatchError as error:
+            # What another stage sent does not fit; its numbers are all that the message has.
+            log.error("stage %d refuses batch %d: %s", self.stage, batch.batch_id, error)
+            batch.fail(DropCode.INTERNAL, f"stage {self.stage} refuses the batch; see its log")
+            return None
         except Exception as error:
             # The message may quote tensors' contents; its type and the log's trace do not.
             log.exception("stage %d could not compute batch %d", self.stage, batch.batch_id)
@@ -120,9 +130,10 @@ def _token_types(job: Job) -> npt.NDArray[np.uint8]:
     return job.token_type_ids
 
 
-def _decoder_batch(batch: Batch, input_ids: TokenIds | None) -> DecoderBatch:
+def _decoder_batch(batch: Batch, input_ids: TokenIds | None, share: KvShare) -> DecoderBatch:
     ids = None if input_ids is None else torch.from_numpy(input_ids)
-    return DecoderBatch(batch.lengths, _slices(batch), ids, batch.hidden, batch.released)
+    released = share.released(batch.released)
+    return DecoderBatch(batch.lengths, share.slices(_slices(batch)), ids, batch.hidden, released)
 
 
 def _slices(batch: Batch) -> list[DecodeSlice]:

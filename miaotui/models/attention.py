@@ -19,8 +19,13 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from miaotui.models.precision import multiplies_bfloat16
+from miaotui.models.product_attention import attend_by_products, fits_products
+
 # The value of `config._attn_implementation` that selects `packed_attention`.
 PACKED_ATTENTION = "miaotui_packed"
+
+AttentionObserver = Callable[[torch.Tensor, torch.Tensor, float | None], None]
 
 _VARLEN_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -57,6 +62,21 @@ class PackedSequences:
             first += count * length
         return tuple(runs)
 
+    def groups(self, most: int) -> list[PackedSequences]:
+        """The same sequences as neighbours of at most `most` tokens together, or one that is
+        longer."""
+        if self.offsets[-1] <= most:
+            return [self]
+        groups: list[list[int]] = []
+        room = 0
+        for length in self.lengths:
+            if length > room or not groups:
+                groups.append([])
+                room = most
+            groups[-1].append(length)
+            room -= length
+        return [PackedSequences.of(lengths, self.device) for lengths in groups]
+
     @cached_property
     def cumulative(self) -> torch.Tensor:
         """`offsets` as int32 [sequences + 1] on the device, as varlen kernels take them."""
@@ -77,6 +97,7 @@ def packed_attention(
     *,
     packed: PackedSequences,
     scaling: float | None = None,
+    observe: AttentionObserver | None = None,
     **_unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention, bidirectional, of each sequence to itself.
@@ -84,7 +105,7 @@ def packed_attention(
     On CUDA in half precision this is one variable-length flash attention call (Dao, 2023,
     arXiv:2307.08691) where torch offers it. Elsewhere it is one
     `scaled_dot_product_attention` call for each run of neighbouring sequences of equal
-    length, on views of the packed tensors.
+    length, on views of the packed tensors, or what `attend_runs` knows to be faster.
 
     Args:
         module: the calling attention module; not used.
@@ -92,11 +113,14 @@ def packed_attention(
         attention_mask: must be None: nothing is padded.
         packed: how the tokens divide into sequences.
         scaling: factor on the scores; None: 1/sqrt(head_dim).
+        observe: called with query, key and scaling, as explanations do.
 
     Returns:
         [1, tokens, heads, head_dim], and None for the weights, as transformers expects.
     """
     assert attention_mask is None, "packed sequences are never padded"
+    if observe is not None:
+        observe(query, key, scaling)
     if _varlen_attention is not None and _fits_varlen(query):
         output = _varlen_attention(
             query[0].transpose(0, 1),
@@ -118,20 +142,49 @@ def attend_runs(
     value: torch.Tensor,
     packed: PackedSequences,
     scaling: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Attend by one `scaled_dot_product_attention` call a run of neighbours of equal length.
+    """Attend by one call a run of neighbours of equal length.
 
-    Args and result as `packed_attention`'s; the tensors may be strided views.
+    That is `scaled_dot_product_attention`, or in bfloat16 on CPUs that multiply it
+    `attend_by_products`.
+
+    Args and result as `packed_attention`'s; the tensors may be strided views, and may have rows
+    beyond the tokens, of which nothing that is said here is true. `dtype`: to compute in, where
+    that may be bfloat16 for inputs that are not; None: the inputs'.
     """
-    if len(packed.runs) == 1:
+    _, heads, rows, dim = query.shape
+    tokens = packed.offsets[-1]
+    by_products = _multiplies(query, dtype or query.dtype)
+    if not by_products and len(packed.lengths) == 1:
+        # The rows beyond are asked along, which spares copying the others.
+        lone: torch.Tensor = scaled_dot_product_attention(
+            query, key[:, :, :tokens], value[:, :, :tokens], scale=scaling
+        )
+        return lone.transpose(1, 2)
+    if not by_products and len(packed.runs) == 1 and rows == tokens:
         return _run_attention(query, key, value, packed.runs[0], scaling)
-    _, heads, tokens, dim = query.shape
-    output = query.new_empty((1, tokens, heads, dim))
+    output = query.new_empty((1, rows, heads, dim))
+    output[:, tokens:] = 0
     for run in packed.runs:
         first, count, length = run
-        end = first + count * length
-        output[:, first:end] = _run_attention(query, key, value, run, scaling)
+        place = slice(first, first + count * length)
+        if by_products and fits_products(heads, length):
+            inputs = (query[0, :, place], key[0, :, place], value[0, :, place])
+            attend_by_products(inputs, count, length, scaling, output[0, place])
+        else:
+            output[:, place] = _run_attention(query, key, value, run, scaling)
     return output
+
+
+def _multiplies(query: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether to attend by products in bfloat16; they are not differentiable."""
+    return (
+        dtype is torch.bfloat16
+        and query.device.type == "cpu"
+        and not (torch.is_grad_enabled() and query.requires_grad)
+        and multiplies_bfloat16(query.device)
+    )
 
 
 def _run_attention(

@@ -12,14 +12,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from miaotui.models.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -28,17 +29,19 @@ INDEX_FILE = "model.safetensors.index.json"
 # The safetensors library's own limit on a header.
 _MAX_HEADER_BYTES = 100_000_000
 
-_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+# By safetensors' name: PyTorch's, and bytes an element. Names, because fingerprints are read by
+# processes that have no other use for PyTorch.
+_DTYPES: Mapping[str, tuple[str, int]] = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -98,16 +101,49 @@ class Checkpoint:
             UnsupportedModelError: a tensor is not floating-point (a quantised checkpoint).
         """
         self._check(shapes)
-        result: dict[str, torch.Tensor] = {}
+        other = sorted(n for n in shapes if self.tensors[n].dtype not in _FLOATS)
+        if other:
+            raise UnsupportedModelError(
+                f"{self.directory}: tensors are not floating-point ({_some(other)}; "
+                f"{self.tensors[other[0]].dtype}); quantised checkpoints are supported only as "
+                "`miaotui compress` makes them; use the float32, float16 or bfloat16 one"
+            )
+        return {n: t.to(device=device, dtype=dtype) for n, t in self._read_stored(shapes)}
+
+    def read_stored(
+        self, tensors: Mapping[str, torch.Tensor], device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """Read the named tensors, and no others, in the types that they are stored in.
+
+        Args:
+            tensors: name, and a tensor (a meta one will do) of the expected shape and type.
+            device: where the tensors go.
+
+        Raises:
+            CheckpointError: tensors are missing, have another shape or type, or cannot be read.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self._check(shapes)
+        wrong = [
+            f"{name} is {self.tensors[name].dtype}, expected {tensor.dtype}"
+            for name, tensor in tensors.items()
+            if _dtype(self.tensors[name]) is not tensor.dtype
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{self.directory}: {len(wrong)} tensor(s) have another type than config.json "
+                f"calls for: {_some(wrong)}. Use the config.json that the weights came with"
+            )
+        return {n: t.to(device=device) for n, t in self._read_stored(shapes)}
+
+    def _read_stored(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         by_file: dict[Path, list[str]] = {}
-        for name in shapes:
+        for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
-        for file, names in by_file.items():
+        for file, held in by_file.items():
             with _open(file) as stream:
-                for name in sorted(names, key=lambda name: self.tensors[name].offset):
-                    tensor = _read_tensor(stream.fileno(), self.tensors[name], name)
-                    result[name] = tensor.to(device=device, dtype=dtype)
-        return result
+                for name in sorted(held, key=lambda name: self.tensors[name].offset):
+                    yield name, _read_tensor(stream.fileno(), self.tensors[name], name)
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         missing = sorted(set(shapes) - set(self.tensors))
@@ -126,13 +162,6 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.directory}: {len(wrong)} tensor(s) have another shape than config.json "
                 f"calls for: {_some(wrong)}. Use the config.json that the weights came with"
-            )
-        other = sorted(n for n in shapes if self.tensors[n].dtype not in _FLOATS)
-        if other:
-            raise UnsupportedModelError(
-                f"{self.directory}: tensors are not floating-point ({_some(other)}; "
-                f"{self.tensors[other[0]].dtype}); quantised checkpoints are not supported, "
-                "use the float32, float16 or bfloat16 one"
             )
 
 
@@ -239,7 +268,7 @@ def _entry(file: Path, name: str, item: Any, base: int) -> TensorEntry:
     try:
         dtype, shape = item["dtype"], tuple(item["shape"])
         begin, end = item["data_offsets"]
-        itemsize = _DTYPES[dtype].itemsize if dtype in _DTYPES else None
+        itemsize = _DTYPES[dtype][1] if dtype in _DTYPES else None
         valid = (
             all(type(n) is int and n >= 0 for n in (*shape, begin, end))
             and begin <= end
@@ -252,7 +281,16 @@ def _entry(file: Path, name: str, item: Any, base: int) -> TensorEntry:
     return TensorEntry(file, dtype, shape, base + begin, end - begin)
 
 
+def _dtype(entry: TensorEntry) -> torch.dtype | None:
+    import torch
+
+    known = _DTYPES.get(entry.dtype)
+    return None if known is None else getattr(torch, known[0])
+
+
 def _read_tensor(descriptor: int, entry: TensorEntry, name: str) -> torch.Tensor:
+    import torch
+
     raw = torch.empty(entry.nbytes, dtype=torch.uint8)
     view = raw.numpy().data
     done = 0
@@ -264,7 +302,7 @@ def _read_tensor(descriptor: int, entry: TensorEntry, name: str) -> torch.Tensor
         if count == 0:
             raise _damaged(entry.file, f"it ends within {name!r}")
         done += count
-    return raw.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+    return raw.view(getattr(torch, _DTYPES[entry.dtype][0])).reshape(entry.shape)
 
 
 def _read_index(directory: Path) -> dict[str, str]:

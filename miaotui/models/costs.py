@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from pathlib import Path
 import torch
 
 from miaotui.models.decoder_stage import DecoderStageModel
+from miaotui.models.errors import UnsupportedModelError
 from miaotui.models.layers import LayerRange
 from miaotui.models.loading import load_stage
-from miaotui.models.shape import ModelShape
+from miaotui.models.seq2seq_stage import Seq2SeqStageModel
+from miaotui.models.shape import ModelShape, SourceShape
 from miaotui.models.stage import StageModel
 
 # Tokens of the sequence that costs are stated for: a question and a paragraph.
@@ -62,8 +65,11 @@ def estimate_costs(shape: ModelShape, length: int = TYPICAL_LENGTH) -> ModelCost
     A layer: 2 FLOPs a weight of its attention and feed-forward matrices for each token, and
     4 * length * heads * head_dim for its scores and their application. The embeddings and
     a span head's two columns are bound by the bytes they move. A decoder writes the sequence
-    token by token, so that its language-model head is computed for each token, too.
+    token by token, so that its language-model head is computed for each token, too. An
+    encoder-decoder model's sequence is about one sound or picture.
     """
+    if shape.source is not None:
+        return _estimate_both(shape, shape.source, length)
     hidden, inner = shape.hidden_size, shape.intermediate_size
     width = shape.heads * shape.head_dim or hidden
     kv_width = shape.kv_heads * shape.head_dim or hidden
@@ -82,6 +88,24 @@ def estimate_costs(shape: ModelShape, length: int = TYPICAL_LENGTH) -> ModelCost
     return ModelCosts(length * embeddings, (layer,) * shape.layers, length * head, "flop")
 
 
+def _estimate_both(shape: ModelShape, source: SourceShape, length: int) -> ModelCosts:
+    """Estimate an encoder-decoder model's costs; its layers are the encoder's, then the others."""
+    length = min(length, shape.max_sequence_length)
+    rows, width, inner = source.rows, source.width, source.intermediate_size
+    encoder = rows * (2.0 * (4 * width * width + 2 * width * inner) + 4.0 * rows * width)
+    hidden = shape.heads * shape.head_dim
+    # Of a token: its own attention, its reading of the rows, and the feed-forward layer.
+    matrices = 2.0 * (6 * hidden * hidden + 2 * hidden * shape.intermediate_size)
+    decoder = length * (matrices + 4.0 * (length + rows) * hidden)
+    decoder += rows * 2.0 * 2 * source.memory_width * hidden
+    # Each row is made of about so much of the input; sound passes another convolution.
+    inputs = 2.0 * math.prod(source.shape) * width
+    if source.modality == "audio":
+        inputs = 3 * inputs + rows * 2.0 * 3 * width * width
+    layers = (encoder,) * source.layers + (decoder,) * (shape.layers - source.layers)
+    return ModelCosts(inputs, layers, length * 2.0 * hidden * shape.vocab_size, "flop")
+
+
 def measure_costs(
     directory: Path | str,
     *,
@@ -96,15 +120,21 @@ def measure_costs(
     same, so the first layer stands for all of them, and the last is only read for its head.
 
     Raises:
-        UnsupportedModelError, CheckpointError, ValueError: as for `StageModel.load`.
+        UnsupportedModelError: an encoder-decoder model, or as for `StageModel.load`.
+        CheckpointError, ValueError: as for `StageModel.load`.
     """
     first = load_stage(directory, LayerRange(0, 1), dtype=dtype, device=device)
+    if isinstance(first, Seq2SeqStageModel):
+        raise UnsupportedModelError(
+            f"{directory}: the costs of encoder-decoder models are not measured; plan with the "
+            "estimated ones"
+        )
     info = first.info
     count, width = info.model_layers, info.hidden_size
     length = min(length, info.max_sequence_length)
     ids = torch.arange(length) % info.vocab_size
     hidden = torch.randn(length, width, device=info.device)
-    last = first
+    last: StageModel | DecoderStageModel | Seq2SeqStageModel = first
     if count > 1:
         last = load_stage(
             directory,

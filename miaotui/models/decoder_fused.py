@@ -17,6 +17,7 @@ The layers themselves (residuals, order of the norms) stay transformers' own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,30 +25,11 @@ from torch import nn
 from torch.nn.functional import linear, rms_norm
 
 from miaotui.models.decoder_families import DecoderSkeleton
+from miaotui.models.packed import PackedLinear, can_pack
 from miaotui.models.paged_attention import Paged, attend
-
-# Smaller weights stay in a core's cache, where a packed product's set-up (20 us) outweighs it.
-_PACKED_ELEMENTS = 1 << 17
 
 # On CPUs the plain float32 product takes longer for so many rows than for the number after.
 _SLOW_ROWS = range(4, 16)
-
-
-class PackedLinear(nn.Module):
-    """A linear layer whose weight oneDNN has packed; [tokens, inputs] to [tokens, outputs]."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
-        # Opaque to torch, hence neither parameter nor buffer.
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the product."""
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            hidden, self._packed, self.bias, "none", [], ""
-        )
-        return result
 
 
 class PlainLinear(nn.Module):
@@ -70,20 +52,17 @@ class PlainLinear(nn.Module):
 
 
 class FusedNorm(nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich, 2019) in one call."""
+    """Root-mean-square norm (Zhang and Sennrich, 2019) in few calls."""
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self._shape = tuple(weight.shape)
         self._eps = eps
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return `hidden`, [..., size], normalised."""
-        if hidden.dtype is self.weight.dtype:
-            return rms_norm(hidden, self._shape, self.weight, self._eps)
-        # Gemma's: computed in float32, weight included.
-        return rms_norm(hidden.float(), self._shape, self.weight, self._eps).to(hidden.dtype)
+        # Gemma's weight is in float32, and so is its computation.
+        return _rms_norm(hidden.to(self.weight.dtype), self._eps, self.weight).to(hidden.dtype)
 
 
 class FusedMLP(nn.Module):
@@ -172,8 +151,24 @@ class _HeadNorms(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Return the states, normalised head by head."""
-        normed = rms_norm(states.float(), states.shape[-1:], None, self._eps)
+        normed = _rms_norm(states.float(), self._eps)
         return (normed.to(self.weight.dtype) * self.weight).to(states.dtype)
+
+
+def _rms_norm(hidden: torch.Tensor, eps: float, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Return `hidden` over the root of its last dimension's mean square, times `weight`."""
+    if hidden.device.type != "cpu" or hidden.dtype is not torch.float32:
+        return rms_norm(hidden, hidden.shape[-1:], weight, eps)
+    # On CPUs `rms_norm` is not one kernel but eight.
+    length = torch.linalg.vector_norm(hidden, 2, -1, True)
+    mean = torch.addcmul(_scalar(eps), length, length, value=1.0 / hidden.shape[-1])
+    normed = hidden * mean.rsqrt_()
+    return normed if weight is None else normed.mul_(weight)
+
+
+@cache
+def _scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value)
 
 
 def rotation(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,12 +266,6 @@ def _joined(modules: Sequence[Any]) -> nn.Module:
 
 
 def _make(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
-    if weight.device.type == "cpu" and weight.numel() >= _PACKED_ELEMENTS and _can_pack():
+    if can_pack(weight):
         return PackedLinear(weight, bias)
     return PlainLinear(weight.contiguous(), bias)
-
-
-def _can_pack() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(
-        torch.ops.mkldnn, "_reorder_linear_weight"
-    )

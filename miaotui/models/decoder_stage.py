@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,10 @@ class DecoderStageModel:
         layers = held_layers(directory, layers, shape)
         skeleton = family.skeleton(config, layers)
         size = parameter_bytes(skeleton, compute)
-        _fill(family, skeleton, checkpoint, compute, target)
+        sources = family.sources(skeleton, checkpoint)
+        fill_root(skeleton.root, sources, checkpoint, compute, target)
+        if skeleton.rotary is not None:
+            skeleton.rotary.to(target)
         if fused:
             skeleton = _fuse(skeleton)
         blocks = count_blocks(
@@ -287,17 +290,7 @@ class DecoderStageModel:
         self, hidden: torch.Tensor, batch: DecoderBatch, layout: PagedLayout
     ) -> list[SampledTokens]:
         assert self._sampler is not None
-        rows: list[SampleRows] = []
-        places: list[int] = []
-        for index, item in enumerate(batch.slices):
-            if item.begin is not None:
-                self._sampler.begin(item.sequence_id, item.begin)
-            if item.samples:
-                end = layout.offsets[index + 1]
-                places.extend(range(end - item.samples, end))
-                position = item.start + batch.lengths[index] - item.samples + 1
-                draft = item.draft[: item.samples - 1].tolist()
-                rows.append(SampleRows(item.sequence_id, position, draft))
+        rows, places = begin_sampling(self._sampler, batch, layout)
         if not rows:
             return []
         if len(places) < layout.offsets[-1]:
@@ -316,6 +309,24 @@ class DecoderStageModel:
         return DecoderBatch(lengths, slices, hidden=torch.zeros(tokens, self.info.hidden_size))
 
 
+def begin_sampling(
+    sampler: Sampler, batch: DecoderBatch, layout: PagedLayout
+) -> tuple[list[SampleRows], list[int]]:
+    """Tell the sampler of sequences that begin; return what to sample, and at which tokens."""
+    rows: list[SampleRows] = []
+    places: list[int] = []
+    for index, item in enumerate(batch.slices):
+        if item.begin is not None:
+            sampler.begin(item.sequence_id, item.begin)
+        if item.samples:
+            end = layout.offsets[index + 1]
+            places.extend(range(end - item.samples, end))
+            position = item.start + batch.lengths[index] - item.samples + 1
+            draft = item.draft[: item.samples - 1].tolist()
+            rows.append(SampleRows(item.sequence_id, position, draft))
+    return rows, places
+
+
 def _fuse(skeleton: DecoderSkeleton) -> DecoderSkeleton:
     fuse(skeleton)
     if skeleton.head is None or skeleton.norm is None:
@@ -331,16 +342,17 @@ def _unchanged(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torc
     return cos, sin
 
 
-def _fill(
-    family: DecoderFamily,
-    skeleton: DecoderSkeleton,
+def fill_root(
+    root: nn.Module,
+    sources: Mapping[str, str],
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Read the skeleton's tensors in place of its meta ones."""
-    root = skeleton.root
-    sources = family.sources(skeleton, checkpoint)
+    """Read a skeleton's tensors in place of its meta ones.
+
+    `sources`: which of the checkpoint's tensors each parameter is.
+    """
     parameters = dict(root.named_parameters(remove_duplicate=False))
     shapes = {sources[name]: tuple(parameter.shape) for name, parameter in parameters.items()}
     tensors = checkpoint.read(shapes, dtype, device)
@@ -349,8 +361,6 @@ def _fill(
     for name, source in sources.items():
         owner, _, attribute = name.rpartition(".")
         setattr(root.get_submodule(owner), attribute, held[source])
-    if skeleton.rotary is not None:
-        skeleton.rotary.to(device)
     for module in root.modules():
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and not buffer.is_meta:

@@ -4,14 +4,15 @@ A family builds a stage's *skeleton*: transformers' own module tree on the meta 
 memory) with everything that the stage does not hold cut away. The skeleton's state dict then
 names exactly the tensors to read from the checkpoint, by transformers' own names.
 
-Families of encoders are here, those of decoders in `decoder_families`; a further kind is
-another class with the `Family` protocol's members and an entry in the registry.
+Families of encoders are here, those of decoders in `decoder_families`, those of both together
+in `seq2seq_families`; a further kind is another class with the `Family` protocol's members and
+an entry in the registry.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,10 +21,12 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering
 
 from miaotui.models.attention import PACKED_ATTENTION, PackedSequences
 from miaotui.models.checkpoint import Checkpoint
+from miaotui.models.compressed import BLOCK, apply_compression
 from miaotui.models.decoder_families import DECODERS
 from miaotui.models.errors import CheckpointError, UnsupportedModelError
 from miaotui.models.layers import LayerRange
-from miaotui.models.shape import ModelKind, ModelShape
+from miaotui.models.seq2seq_families import SEQ2SEQ
+from miaotui.models.shape import ModelKind, ModelShape, Task
 
 _HEAD = "qa_outputs"
 
@@ -34,7 +37,7 @@ class Skeleton:
 
     `embedding` maps (input_ids, token_type_ids, packed), the first two int64 [tokens], to
     [tokens, hidden_size]; it and `embeddings` (its modules) are there on the first stage only,
-    `head` ([tokens, hidden_size] to [tokens, 2]) on the last only.
+    `head` ([tokens, hidden_size] to [tokens, 2], or `MeanPooling`) on the last only.
     """
 
     root: nn.Module
@@ -71,8 +74,21 @@ class Embedding(Protocol):
         input_ids: torch.Tensor,
         token_type_ids: torch.Tensor | None,
         packed: PackedSequences,
+        words: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return [tokens, hidden_size] for int64 ids [tokens]."""
+        """Return [tokens, hidden_size] for int64 ids [tokens].
+
+        `words`, [tokens, embedding_size], takes the place of the ids' word embeddings.
+        """
+        ...
+
+    def words(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the word embeddings of int64 ids: [tokens, embedding_size]."""
+        ...
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The padding token, where there is one."""
         ...
 
 
@@ -114,6 +130,7 @@ class ExtractiveFamily:
             tokens (fairseq's convention: RoBERTa, XLM-RoBERTa).
         token_types: whether the embeddings add token types.
         projection: attribute of a projection after the embeddings, where there is one.
+        kind: "extractive", or "embedding": the mean over a sequence's tokens in place of the head.
     """
 
     model_type: str
@@ -122,11 +139,7 @@ class ExtractiveFamily:
     padded_positions: bool = False
     token_types: bool = True
     projection: str | None = None
-
-    @property
-    def kind(self) -> ModelKind:
-        """These find answers in a text."""
-        return "extractive"
+    kind: ModelKind = "extractive"
 
     def shape(self, config: Any) -> ModelShape:
         """Return the model's dimensions.
@@ -148,6 +161,7 @@ class ExtractiveFamily:
             vocab_size=config.vocab_size,
             type_vocab_size=config.type_vocab_size if self.token_types else 0,
             max_sequence_length=config.max_position_embeddings - offset,
+            kind=self.kind,
         )
 
     def check(self, checkpoint: Checkpoint) -> None:
@@ -156,7 +170,7 @@ class ExtractiveFamily:
         Raises:
             UnsupportedModelError: there is no head; the message names what is there instead.
         """
-        if f"{_HEAD}.weight" in checkpoint.tensors:
+        if self.kind == "embedding" or f"{_HEAD}.weight" in checkpoint.tensors:
             return
         heads = sorted(
             {
@@ -169,8 +183,18 @@ class ExtractiveFamily:
         raise UnsupportedModelError(
             f"{checkpoint.directory}: this {self.model_type} checkpoint has no question-answering "
             f"head ({_HEAD}.weight); {found}. Use a checkpoint that was fine-tuned for extractive "
-            "question answering"
+            "question answering, or serve its vectors of texts with MIAOTUI_SHARD_TASK=embed"
         )
+
+    def adapted(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Return the checkpoint, with a base model's tensors named as in the whole model."""
+        if self.kind != "embedding" or f"{_HEAD}.weight" in checkpoint.tensors:
+            return checkpoint
+        prefix = f"{self.base}."
+        if any(name.startswith(prefix) for name in checkpoint.tensors):
+            return checkpoint
+        tensors = {prefix + name: entry for name, entry in checkpoint.tensors.items()}
+        return replace(checkpoint, tensors=tensors)
 
     def skeleton(self, config: Any, layers: LayerRange) -> Skeleton:
         """Return the stage's modules on the meta device, in evaluation mode."""
@@ -199,9 +223,14 @@ class ExtractiveFamily:
             base.embeddings = None
             if self.projection:
                 setattr(base, self.projection, None)
-        if not last:
+        if self.kind == "embedding":
+            setattr(root, _HEAD, MeanPooling() if last else None)
+        elif not last:
             setattr(root, _HEAD, None)
         _drop_buffers(root)
+        if block := getattr(config, BLOCK, None):
+            with torch.device("meta"):
+                apply_compression(root, block)
         return Skeleton(
             root=root,
             embeddings=tuple(embeddings),
@@ -218,7 +247,7 @@ class ExtractiveFamily:
             problems.append("is_decoder / add_cross_attention")
         if getattr(config, "quantization_config", None):
             problems.append("quantization_config")
-        if config.num_labels != 2:
+        if self.kind == "extractive" and config.num_labels != 2:
             problems.append(f"{config.num_labels} labels (a span head has 2: start and end)")
         if self.padded_positions and config.pad_token_id is None:
             problems.append("no pad_token_id, from which positions are counted")
@@ -227,6 +256,15 @@ class ExtractiveFamily:
                 f"{self.model_type} with {', '.join(problems)} is not supported; "
                 "correct config.json if that is wrong, or use another checkpoint"
             )
+
+
+class MeanPooling(nn.Module):
+    """The mean over each sequence's tokens, scaled to length 1 (Sentence-BERT, 2019)."""
+
+    def forward(self, hidden: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Return [sequences, hidden_size] of [tokens, hidden_size]."""
+        means = torch.stack([part.mean(0) for part in hidden.split(list(lengths))])
+        return nn.functional.normalize(means, dim=1)
 
 
 class _BertEmbedding:
@@ -249,13 +287,19 @@ class _BertEmbedding:
         input_ids: torch.Tensor,
         token_type_ids: torch.Tensor | None,
         packed: PackedSequences,
+        words: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self._family.padded_positions:
             assert self._pad is not None
             positions = padded_position_ids(input_ids, packed, self._pad)
         else:
             positions = position_ids(packed)
-        arguments = {"input_ids": input_ids[None], "position_ids": positions[None]}
+        arguments: dict[str, torch.Tensor | None]
+        if words is None:
+            arguments = {"input_ids": input_ids[None], "position_ids": positions[None]}
+        else:
+            arguments = {"input_ids": None, "position_ids": positions[None]}
+            arguments["inputs_embeds"] = words[None]
         if self._family.token_types:
             if token_type_ids is None:
                 token_type_ids = torch.zeros_like(input_ids)
@@ -264,6 +308,17 @@ class _BertEmbedding:
         if self._project is not None:
             hidden = self._project(hidden)
         return hidden[0]
+
+    def words(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the word embeddings of int64 ids: [tokens, embedding_size]."""
+        embeddings: Any = self._embeddings
+        found: torch.Tensor = embeddings.word_embeddings(input_ids)
+        return found
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The padding token, where there is one."""
+        return self._pad
 
 
 def position_ids(packed: PackedSequences) -> torch.Tensor:
@@ -304,13 +359,15 @@ _EXTRACTIVE: Sequence[ExtractiveFamily] = (
     ExtractiveFamily("electra", base="electra", projection="embeddings_project"),
 )
 
-_ALL: list[Family] = [*_EXTRACTIVE, *DECODERS]
+_ALL: list[Family] = [*_EXTRACTIVE, *DECODERS, *SEQ2SEQ]
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ALL}
 
 
-def find_family(model_type: object, where: object) -> Family:
+def find_family(model_type: object, where: object, task: Task = "auto") -> Family:
     """Return the family of a `model_type`; `where` is named in the error.
+
+    `task`: "embed" for vectors of texts; "auto": what the family is for.
 
     Raises:
         UnsupportedModelError: no such family is supported.
@@ -321,9 +378,16 @@ def find_family(model_type: object, where: object) -> Family:
         raise UnsupportedModelError(
             f"{where}: {kind} is not supported; supported are "
             f"{', '.join(sorted(f.model_type for f in _EXTRACTIVE))} with a question-answering "
-            f"head, and {', '.join(sorted(f.model_type for f in DECODERS))} with a language-model "
-            "head"
+            f"head, {', '.join(sorted(f.model_type for f in DECODERS))} with a language-model "
+            f"head, and {', '.join(sorted(f.model_type for f in SEQ2SEQ))}"
         )
+    if task == "embed":
+        if not isinstance(family, ExtractiveFamily):
+            raise UnsupportedModelError(
+                f"{where}: a {family.model_type} model writes text and cannot be served with "
+                "MIAOTUI_SHARD_TASK=embed; use an encoder, such as a BERT one"
+            )
+        return replace(family, kind="embedding")
     return family
 
 

@@ -10,7 +10,9 @@ from miaotui.models.checkpoint import read_config
 from miaotui.models.decoder_stage import DecoderStageModel
 from miaotui.models.families import find_family
 from miaotui.models.layers import LayerRange
-from miaotui.models.shape import ModelKind
+from miaotui.models.seq2seq_families import Seq2SeqFamily
+from miaotui.models.seq2seq_stage import Seq2SeqStageModel
+from miaotui.models.shape import ModelKind, Task
 from miaotui.models.stage import StageModel
 
 
@@ -37,17 +39,23 @@ def load_stage(
     kv_cache_bytes: int | None = None,
     kv_block_tokens: int = 16,
     kv_sharers: int = 1,
-) -> StageModel | DecoderStageModel:
+    task: Task = "auto",
+) -> StageModel | DecoderStageModel | Seq2SeqStageModel:
     """Read a stage of the kind that the model's family is.
 
-    Arguments and errors are those of `StageModel.load` and `DecoderStageModel.load`; those
-    about the KV cache do not matter for extractive models.
+    Arguments and errors are those of `StageModel.load`, `DecoderStageModel.load` and
+    `Seq2SeqStageModel.load`; those about the KV cache do not matter for extractive models.
     """
-    if model_kind(directory) == "extractive":
+    directory = Path(directory)
+    family = find_family(read_config(directory).get("model_type"), directory, task)
+    if family.kind != "generative":
         return StageModel.load(
-            directory, layers, dtype=dtype, device=device, fingerprint=fingerprint
+            directory, layers, dtype=dtype, device=device, fingerprint=fingerprint, task=task
         )
-    return DecoderStageModel.load(
+    writer: type[DecoderStageModel | Seq2SeqStageModel] = DecoderStageModel
+    if isinstance(family, Seq2SeqFamily):
+        writer = Seq2SeqStageModel
+    return writer.load(
         directory,
         layers,
         dtype=dtype,

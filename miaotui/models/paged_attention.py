@@ -12,7 +12,8 @@ For the last, copying contexts out of the cache costs several times what attendi
 (a copy is one read and one write of what would be read once), and so does growing a dense cache.
 In float32 on a CPU the rows read the cache in place instead: scores are a product sampled at the
 rows' slots (`torch.sparse.sampled_addmm`), and their application to the values is a weighted
-sum of table rows (`embedding_bag`).
+sum of table rows (`embedding_bag`). A single row whose slots follow one another, as those of a
+sequence that grows alone do, reads a slice of the cache, which is faster still.
 """
 
 from __future__ import annotations
@@ -132,12 +133,12 @@ def attend(
     values.index_copy_(0, layout.slots, value)
     groups, spans = layout.rows(window), layout.spans(window)
     if len(groups) == 1 and not spans and groups[0].rows is None:
-        return _attend_rows(query, keys, values, paged, groups[0], scaling, softcap)
+        return attend_rows(query, keys, values, paged.patterns, groups[0], scaling, softcap)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     for group in groups:
         assert group.rows is not None
         picked = query.index_select(0, group.rows)
-        done = _attend_rows(picked, keys, values, paged, group, scaling, softcap)
+        done = attend_rows(picked, keys, values, paged.patterns, group, scaling, softcap)
         output.index_copy_(0, group.rows, done)
     for span in spans:
         here = slice(span.first, span.first + span.length)
@@ -149,24 +150,31 @@ def attend(
     return output
 
 
-def _attend_rows(
+def attend_rows(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    paged: Paged,
+    patterns: dict[tuple[int, int], SparseRows],
     group: Rows,
     scaling: float,
-    softcap: float | None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """Return [rows, heads, head_dim]: each row attends to its own context."""
+    """Return [rows, heads, head_dim] for `query` of that shape: each row to its own context.
+
+    `keys` and `values` are a layer's cache, [slots, kv_heads, head_dim]; `patterns` keeps what
+    layers of the same shape share of a batch.
+    """
+    if group.run is not None:
+        here = slice(group.run, group.run + group.context.shape[1])
+        return _attend_dense(query, keys[here][None], values[here][None], None, scaling, softcap)
     if not reads_in_place(keys.dtype, keys.device):
         return _attend_copied(query, keys, values, group, scaling, softcap)
     count, heads, dim = query.shape
     kv_heads = keys.shape[1]
     name = (id(group), heads)
-    rows = paged.patterns.get(name)
+    rows = patterns.get(name)
     if rows is None:
-        rows = paged.patterns[name] = _sparse_rows(group, heads, kv_heads, keys.shape[0])
+        rows = patterns[name] = _sparse_rows(group, heads, kv_heads, keys.shape[0])
     torch.sparse.sampled_addmm(
         rows.pattern,
         query.reshape(count * heads, dim),
@@ -214,14 +222,27 @@ def _attend_copied(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    count, heads, dim = query.shape
-    kv_heads = keys.shape[1]
+    shape = (query.shape[0], -1, *keys.shape[1:])
     index = group.context.view(-1)
-    key = keys.index_select(0, index).view(count, -1, kv_heads, dim).transpose(1, 2)
-    value = values.index_select(0, index).view(count, -1, kv_heads, dim).transpose(1, 2)
+    key, value = (item.index_select(0, index).view(shape) for item in (keys, values))
+    mask = None if group.mask is None else group.mask[:, None, None]
+    return _attend_dense(query, key, value, mask, scaling, softcap)
+
+
+def _attend_dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Return [rows, heads, head_dim]; `key` and `value` are [rows, context, kv_heads, dim]."""
+    count, heads, dim = query.shape
+    kv_heads = key.shape[2]
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
     # A key's query heads are its query tokens: nothing is repeated.
     grouped = query.reshape(count, kv_heads, heads // kv_heads, dim)
-    mask = None if group.mask is None else group.mask[:, None, None]
     if softcap is None:
         output = scaled_dot_product_attention(grouped, key, value, mask, scale=scaling)
     else:

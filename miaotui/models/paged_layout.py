@@ -47,12 +47,14 @@ class Rows:
 
     `rows`, int64 [n], are their places in the batch, None for all in order; `context`, int64
     [n, longest], the slots of their contexts, padded with a slot of their own; `mask`, bool
-    [n, longest], False where padded, None where nothing is.
+    [n, longest], False where padded, None where nothing is. `run` is the first slot of a
+    single row's context whose slots follow one another, else None.
     """
 
     rows: torch.Tensor | None
     context: torch.Tensor
     mask: torch.Tensor | None
+    run: int | None = None
 
 
 class PagedLayout:
@@ -159,7 +161,10 @@ class PagedLayout:
         mask = None
         if int(counts.min()) < longest:
             mask = torch.from_numpy(steps < counts[:, None]).to(self._device)
-        return Rows(None if whole else self._tensor(places), self._tensor(slots), mask)
+        run = None
+        if len(places) == 1 and (np.diff(slots[0]) == 1).all():
+            run = int(slots[0, 0])
+        return Rows(None if whole else self._tensor(places), self._tensor(slots), mask, run)
 
     def _make_span(self, index: int, window: int | None) -> Span:
         start, length = self._slices[index].start, self._lengths[index]

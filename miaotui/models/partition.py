@@ -22,6 +22,7 @@ from miaotui.models.errors import PartitionError
 from miaotui.models.families import Family
 from miaotui.models.layers import LayerRange
 from miaotui.models.precision import resolve_device, resolve_dtype
+from miaotui.models.shape import Task
 from miaotui.models.stage import inspect_model, parameter_bytes
 
 __all__ = [
@@ -52,11 +53,15 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """A model's stages, in order; `costs` are those that it was planned with."""
+    """A model's stages, in order; `costs` are those that it was planned with.
+
+    So many of the model's first layers are an encoder's beside a decoder: `encoder_layers`.
+    """
 
     stages: tuple[StagePlan, ...]
     costs: ModelCosts
     dtype: str
+    encoder_layers: int = 0
 
     @property
     def bottleneck(self) -> StagePlan:
@@ -81,6 +86,7 @@ def plan_stages(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     costs: ModelCosts | None = None,
+    task: Task = "auto",
 ) -> Partition:
     """Plan a model's stages; reads configuration and headers, no tensors.
 
@@ -92,13 +98,14 @@ def plan_stages(
         device: where the stages will run; decides what "auto" means for `dtype`.
         costs: what embeddings, layers and head cost; None: estimated, which is the same on
             every machine, so that stages planned apart fit together.
+        task: as for `StageModel.load`.
 
     Raises:
         PartitionError: too many or too few stages, or ranges that do not cut the model.
         UnsupportedModelError, CheckpointError: as for `StageModel.load`.
     """
     checkpoint = Checkpoint.open(directory)
-    family, config, shape = inspect_model(checkpoint)
+    family, config, shape = inspect_model(checkpoint, task)
     compute = resolve_dtype(dtype, resolve_device(device))
     costs = estimate_costs(shape) if costs is None else costs
     if len(costs.layers) != shape.layers:
@@ -114,7 +121,8 @@ def plan_stages(
         cost = costs.of(layers)
         size = _stage_bytes(family, config, layers, compute)
         plans.append(StagePlan(index, layers, size, cost, cost / costs.total))
-    return Partition(tuple(plans), costs, str(compute).removeprefix("torch."))
+    encoder_layers = 0 if shape.source is None else shape.source.layers
+    return Partition(tuple(plans), costs, str(compute).removeprefix("torch."), encoder_layers)
 
 
 def partition_layers(costs: ModelCosts, stages: int) -> list[LayerRange]:

@@ -5,7 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-ModelKind = Literal["extractive", "generative"]
+ModelKind = Literal["extractive", "generative", "embedding"]
+# What a checkpoint is to be served for; auto: what its family is for.
+Task = Literal["auto", "embed"]
+
+
+# What an encoder listens to or looks at.
+Modality = Literal["audio", "image"]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceShape:
+    """Dimensions of an encoder-decoder model's encoder.
+
+    `shape` is that of its input: of sound [mel bins, frames], of pictures [channels, height,
+    width]. It makes `rows` rows of `width` of it, in `layers` layers, which are the model's
+    first. `memory_width` is what the decoder's layers read the rows in.
+    """
+
+    modality: Modality
+    shape: tuple[int, ...]
+    rows: int
+    layers: int
+    width: int
+    intermediate_size: int
+    memory_width: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +40,9 @@ class ModelShape:
     `type_vocab_size` is 0 where the family has no token types. Of decoders only: `kv_heads`
     and `head_dim`, the shape of a token's keys and of its values in each layer, `gated`,
     whether the feed-forward layer has a third matrix, and `tied`, whether the language-model
-    head is the embedding table.
+    head is the embedding table. Of encoder-decoder models: `source`, the encoder's dimensions;
+    `layers` are the encoder's and then the decoder's, `hidden_size` is that of the wider, which
+    travels between stages, and all else is the decoder's.
     """
 
     model_type: str
@@ -32,3 +58,4 @@ class ModelShape:
     head_dim: int = 0
     gated: bool = False
     tied: bool = False
+    source: SourceShape | None = None

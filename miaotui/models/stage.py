@@ -12,21 +12,24 @@ from torch import nn
 
 from miaotui.models.attention import PackedSequences
 from miaotui.models.checkpoint import Checkpoint
+from miaotui.models.compressed import compressed_modules, is_quantized
 from miaotui.models.errors import BatchError, PartitionError, UnsupportedModelError
 from miaotui.models.families import (
     ExtractiveFamily,
     Family,
+    MeanPooling,
     Skeleton,
     StageSkeleton,
     build_config,
     find_family,
 )
 from miaotui.models.fingerprint import model_fingerprint
-from miaotui.models.fused import encoder_layers
+from miaotui.models.fused import encoder_layers, takes_round_rows
 from miaotui.models.layers import LayerRange
 from miaotui.models.memory import trim_heap
+from miaotui.models.packed import MOST_ROWS, rounded_rows
 from miaotui.models.precision import dtype_name, resolve_device, resolve_dtype
-from miaotui.models.shape import ModelKind, ModelShape
+from miaotui.models.shape import ModelKind, ModelShape, SourceShape, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class StageInfo:
     """Who a stage is and what it holds. Bytes count parameters in the compute dtype.
 
     `kv_blocks` and `kv_block_tokens`, its KV cache's blocks and the tokens of each, are 0 for
-    extractive models, which keep nothing.
+    extractive models, which keep nothing. `source` is there of encoder-decoder models.
     """
 
     first_layer: int
@@ -53,6 +56,7 @@ class StageInfo:
     kind: ModelKind = "extractive"
     kv_blocks: int = 0
     kv_block_tokens: int = 0
+    source: SourceShape | None = None
 
     @classmethod
     def of(
@@ -87,11 +91,12 @@ class StageInfo:
             kind=shape.kind,
             kv_blocks=kv_blocks,
             kv_block_tokens=kv_block_tokens,
+            source=shape.source,
         )
 
     @property
     def is_first(self) -> bool:
-        """Whether the stage embeds token ids."""
+        """Whether the stage embeds what the model reads first: token ids, or features."""
         return self.first_layer == 0
 
     @property
@@ -119,7 +124,13 @@ class StageModel:
     """The modules of one stage, ready to compute. Use from one thread at a time."""
 
     def __init__(
-        self, skeleton: Skeleton, shape: ModelShape, info: StageInfo, *, fuse: bool = True
+        self,
+        skeleton: Skeleton,
+        shape: ModelShape,
+        info: StageInfo,
+        *,
+        fuse: bool = True,
+        attention: torch.dtype = torch.float32,
     ) -> None:
         """Take loaded modules; use `load` instead."""
         self.info = info
@@ -127,7 +138,10 @@ class StageModel:
         self._skeleton = skeleton
         self._device = torch.device(info.device)
         self._dtype = next(skeleton.layers[0].parameters()).dtype
-        self._steps = encoder_layers(skeleton.layers, shape.model_type, shape.heads, fuse=fuse)
+        self._steps = encoder_layers(
+            skeleton.layers, shape.model_type, shape.heads, fuse=fuse, attention=attention
+        )
+        self._rounds = takes_round_rows(self._steps)
 
     @classmethod
     def load(
@@ -139,18 +153,21 @@ class StageModel:
         device: str | torch.device = "auto",
         fingerprint: str | None = None,
         fuse: bool = True,
+        task: Task = "auto",
     ) -> StageModel:
         """Read a stage from a Hugging Face model directory: its own tensors and no others.
 
         Args:
             directory: holds `config.json` and safetensors weights.
             layers: the layers to hold; None: all.
-            dtype: "auto", "float32", "float16" or "bfloat16", or a torch dtype. The head is
-                held and computed in float32 whatever this says: it is tiny, and logits that
-                differ by less than bfloat16 resolves decide between spans.
+            dtype: "auto", "fast", "float32", "float16" or "bfloat16", or a torch dtype. The head
+                is held and computed in float32 whatever this says: it is tiny, and logits that
+                differ by less than bfloat16 resolves decide between spans. Quantised checkpoints
+                compute in float32, and in this dtype their attention only; "auto" is "fast" there.
             device: "auto", "cpu", "cuda", "cuda:N".
             fingerprint: the model's, where it is known already; None: computed or cached.
             fuse: on a CPU, compute by `miaotui.models.fused` instead of transformers' layers.
+            task: "embed": the last stage returns vectors of texts, whatever head there is.
 
         Raises:
             UnsupportedModelError: not a family or head that can be served.
@@ -160,18 +177,24 @@ class StageModel:
         """
         directory = Path(directory)
         target = resolve_device(device)
-        compute = resolve_dtype(dtype, target)
+        compute = attention = resolve_dtype(dtype, target)
         checkpoint = Checkpoint.open(directory)
-        family, config, shape = inspect_model(checkpoint)
+        family, config, shape = inspect_model(checkpoint, task)
         if not isinstance(family, ExtractiveFamily):
             raise UnsupportedModelError(
                 f"{directory}: a {family.model_type} model generates text and does not find "
                 "answers; give one with a question-answering head"
             )
+        checkpoint = family.adapted(checkpoint)
         layers = held_layers(directory, layers, shape)
         skeleton = family.skeleton(config, layers)
-        _fill(skeleton, checkpoint, compute, target)
         whole = family.skeleton(config, LayerRange(0, shape.layers))
+        if is_quantized(whole.root):
+            # Integer products give float32, and what little is left between them is computed so.
+            attention = resolve_dtype("fast" if dtype == "auto" else dtype, target)
+            compute = torch.float32
+        size, whole_size = (parameter_bytes(s, compute) for s in (skeleton, whole))
+        fill_skeleton(skeleton, checkpoint, compute, target)
         info = StageInfo.of(
             directory,
             layers,
@@ -179,10 +202,10 @@ class StageModel:
             compute,
             target,
             fingerprint=fingerprint,
-            parameter_bytes=parameter_bytes(skeleton, compute),
-            model_parameter_bytes=parameter_bytes(whole, compute),
+            parameter_bytes=size,
+            model_parameter_bytes=whole_size,
         )
-        stage = cls(skeleton, shape, info, fuse=fuse)
+        stage = cls(skeleton, shape, info, fuse=fuse, attention=attention)
         trim_heap()
         return stage
 
@@ -192,7 +215,8 @@ class StageModel:
 
         Returns:
             [tokens, hidden_size] in the compute dtype, or on the last stage float32
-            [tokens, 2]: each token's logit to be an answer's first and last. On `info.device`.
+            [tokens, 2]: each token's logit to be an answer's first and last, or, of an embedding
+            model, [sequences, hidden_size], vectors of length 1. On `info.device`.
 
         Raises:
             BatchError: the batch does not fit this stage.
@@ -207,7 +231,12 @@ class StageModel:
         else:
             hidden = self._accept(batch.hidden, packed)
         hidden = self._layers(hidden, packed)
-        return self._head(hidden) if self._skeleton.head is not None else hidden
+        if self._skeleton.head is None:
+            return hidden
+        if isinstance(self._skeleton.head, MeanPooling):
+            vectors: torch.Tensor = self._skeleton.head(hidden.to(torch.float32), batch.lengths)
+            return vectors
+        return self._head(hidden)
 
     @torch.inference_mode()
     def embed(
@@ -241,6 +270,11 @@ class StageModel:
             BatchError: not the last stage.
         """
         return self._head(hidden)
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The stage's modules, which must not be changed."""
+        return self._skeleton
 
     def warm_up(self) -> None:
         """Run one batch of made-up tokens, so that no request pays for first-call set-up."""
@@ -289,6 +323,20 @@ class StageModel:
         return accept_hidden(hidden, expected, self._device, self._dtype)
 
     def _layers(self, hidden: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
+        if not self._rounds:
+            return self._through(hidden, packed)
+        groups = packed.groups(MOST_ROWS)
+        parts = hidden.split([group.offsets[-1] for group in groups])
+        done = [self._rounded(*part) for part in zip(parts, groups, strict=True)]
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    def _rounded(self, hidden: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
+        tokens = len(hidden)
+        if extra := rounded_rows(tokens) - tokens:
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, extra))
+        return self._through(hidden, packed)[:tokens]
+
+    def _through(self, hidden: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
         for step in self._steps:
             hidden = step(hidden, packed)
         return hidden
@@ -300,14 +348,14 @@ class StageModel:
         return logits
 
 
-def inspect_model(checkpoint: Checkpoint) -> tuple[Family, Any, ModelShape]:
+def inspect_model(checkpoint: Checkpoint, task: Task = "auto") -> tuple[Family, Any, ModelShape]:
     """Return a checkpoint's family, transformers' configuration, and dimensions.
 
     Raises:
         UnsupportedModelError: not a family or head that can be served.
         CheckpointError: the configuration is not valid.
     """
-    family = find_family(checkpoint.config.get("model_type"), checkpoint.directory)
+    family = find_family(checkpoint.config.get("model_type"), checkpoint.directory, task)
     family.check(checkpoint)
     config = build_config(checkpoint.config, checkpoint.directory)
     return family, config, family.shape(config)
@@ -366,14 +414,18 @@ def accept_hidden(
 
 
 def parameter_bytes(skeleton: StageSkeleton, dtype: torch.dtype) -> int:
-    """Return the bytes of a stage's parameters in `dtype`; a span head in float32."""
+    """Return the bytes of a stage's parameters in `dtype`; a span head in float32.
+
+    Of a compressed checkpoint, the bytes that its codes and scales take in memory, too.
+    """
     head = skeleton.float32
     total = sum(parameter.numel() for parameter in skeleton.root.parameters())
     in_head = 0 if head is None else sum(parameter.numel() for parameter in head.parameters())
-    return (total - in_head) * dtype.itemsize + in_head * torch.float32.itemsize
+    codes = sum(module.resident_bytes() for _, module in compressed_modules(skeleton.root))
+    return (total - in_head) * dtype.itemsize + in_head * torch.float32.itemsize + codes
 
 
-def _fill(
+def fill_skeleton(
     skeleton: Skeleton, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Read the skeleton's tensors in place of its meta ones."""
@@ -385,6 +437,12 @@ def _fill(
         shapes[name] = tuple(parameter.shape)
     state = checkpoint.read(body_shapes, dtype, device)
     state |= checkpoint.read(head_shapes, torch.float32, device)
+    codes = {
+        f"{prefix}.{name}": buffer
+        for prefix, module in compressed_modules(skeleton.root)
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+    state |= checkpoint.read_stored(codes, device)
     skeleton.root.load_state_dict(state, assign=True)
     skeleton.root.requires_grad_(False)
     check_materialised(skeleton.root)

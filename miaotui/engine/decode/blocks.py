@@ -127,5 +127,8 @@ class BlockHasher:
         self._key = secrets.token_bytes(16)
 
     def digest(self, parent: bytes, tokens: bytes) -> bytes:
-        """Names a block by its `tokens` and the block before it (b"" for the first)."""
+        """Names a block by its `tokens` and the block before it.
+
+        For the first block `parent` is its salt: blocks of different salts are never shared.
+        """
         return hashlib.blake2b(parent + tokens, digest_size=16, key=self._key).digest()

@@ -12,6 +12,8 @@ import numpy as np
 
 from miaotui.engine.batch import Batch, DropCode, SequenceMeta
 from miaotui.engine.decode.scheduler import Plan, Slice
+from miaotui.engine.decode.sequence import NO_TOKENS
+from miaotui.engine.decode.tables import BlockTables
 from miaotui.engine.decode.types import DecodeSlice, SampledTokens, TokenIds
 from miaotui.engine.order import SendOrder, Turn
 
@@ -94,7 +96,7 @@ class Flights:
                 self._landed(batch)
 
 
-def load(batch_id: int, plan: Plan, block_tokens: int) -> tuple[Batch, TokenIds]:
+def load(batch_id: int, plan: Plan, tables: BlockTables) -> tuple[Batch, TokenIds]:
     """A plan as a batch, and the tokens of its slices laid end to end, int32 [tokens]."""
     input_ids = np.empty(plan.tokens, np.int32)
     now = time.monotonic()
@@ -107,6 +109,7 @@ def load(batch_id: int, plan: Plan, block_tokens: int) -> tuple[Batch, TokenIds]
         stop = item.start + item.length
         input_ids[begin:known] = text.tokens.view(item.start, stop - len(item.draft))
         input_ids[known:end] = item.draft
+        tokens = input_ids[begin:end] if text.work.request.source is not None else NO_TOKENS
         begin = end
         metas.append(
             SequenceMeta(
@@ -120,10 +123,11 @@ def load(batch_id: int, plan: Plan, block_tokens: int) -> tuple[Batch, TokenIds]
                 decode=DecodeSlice(
                     sequence_id=item.sequence_id,
                     start=item.start,
-                    blocks=text.table.view(0, -(-stop // block_tokens)),
+                    blocks=text.table.view(0, tables.size(stop)),
                     samples=item.samples,
                     draft=item.draft,
                     begin=text.start() if item.first else None,
+                    tokens=tokens,
                 ),
             )
         )

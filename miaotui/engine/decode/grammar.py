@@ -17,6 +17,8 @@ import llguidance
 import numpy as np
 import torch
 
+from miaotui.engine.decode.directory import configured
+
 log = logging.getLogger(__name__)
 
 _COMPILED = 64
@@ -124,14 +126,11 @@ class Grammars:
 
 def stop_token_ids(directory: Path) -> tuple[int, ...]:
     """Return the ids that end a text, from `generation_config.json` or else `config.json`."""
-    for name in ("generation_config.json", "config.json"):
-        try:
-            value = json.loads((directory / name).read_bytes()).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
-            continue
-        if value is not None:
-            return tuple(value) if isinstance(value, list) else (int(value),)
-    return ()
+    found = configured(directory, "eos_token_id")
+    if found is None:
+        return ()
+    _, value = found
+    return tuple(value) if isinstance(value, list) else (int(value),)
 
 
 def _grammar(schema: str) -> str:

@@ -34,10 +34,9 @@ log = logging.getLogger(__name__)
 class Handle:
     """A request that was taken."""
 
-    __slots__ = ("_head", "_work")
+    __slots__ = ("_work",)
 
-    def __init__(self, head: GenerationHead, work: OpenRequest) -> None:
-        self._head = head
+    def __init__(self, work: OpenRequest) -> None:
         self._work = work
 
     @property
@@ -48,7 +47,7 @@ class Handle:
     def cancel(self) -> None:
         """Frees what the request holds; its sink is not called again. Harmless after its end."""
         self._work.muted = True
-        self._head.abandon(self._work)
+        self._work.abandon()
 
 
 class GenerationHead:
@@ -68,10 +67,13 @@ class GenerationHead:
         *,
         compute: Callable[[Batch, TokenIds], Awaitable[None]],
         send: Callable[[Batch], Awaitable[None]] | None,
+        observer: GenerationObserver | None = None,
     ) -> None:
+        """`observer`: of the other lanes' heads, which this one joins."""
         self.settings = settings
         self.scheduler = DecodeScheduler(settings)
-        self.observer = GenerationObserver(self.scheduler)
+        self.observer = observer or GenerationObserver(self.scheduler)
+        self.observer.add(self.scheduler)
         self._flights = Flights(
             compute=compute, send=send, landed=self._unsent, broke=self.pipeline_down
         )
@@ -81,7 +83,10 @@ class GenerationHead:
         self._texts = 0
         self._news: dict[OpenRequest, None] = {}
         self._pumping = False
-        self._delivering = False
+        self._delivery: asyncio.Handle | None = None
+        self._due = math.inf
+        self._delivered = -math.inf
+        self._urgent = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._pipeline = Readiness(settings.grace, self._fail_all)
@@ -90,6 +95,11 @@ class GenerationHead:
     def ready(self) -> bool:
         """Whether the pipeline is complete."""
         return self._pipeline.ready
+
+    @property
+    def patient(self) -> bool:
+        """Whether requests are taken: now, or for as long as they wait for the pipeline."""
+        return self._pipeline.patient
 
     @property
     def running_sequences(self) -> int:
@@ -119,7 +129,8 @@ class GenerationHead:
     ) -> Handle:
         """Takes a request, or raises.
 
-        `sink` is called on the event loop, at most once a step, with what is new; after an
+        `sink` is called on the event loop, at most once a step, with what is new (a text's first
+        token and its end at once, the others within `settings.news_seconds`); after an
         update with `usage`, or an exception (`PipelineUnavailableError`, `DeadlineError`,
         `ComputeError`, `InvalidRequestError`), no more. `deadline` on `time.monotonic()`.
 
@@ -138,6 +149,7 @@ class GenerationHead:
             context=settings.context,
             capacity=capacity,
             texts=settings.queue_sequences,
+            source_shape=settings.source_shape,
         )
         work = OpenRequest(
             # Callers may reuse their ids; the pipeline's must be unique while in flight.
@@ -147,14 +159,17 @@ class GenerationHead:
             arrived=now,
             usage=GenerationUsage(prompt_tokens=len(request.prompt)),
             sink=sink,
+            head=self,
         )
         self.scheduler.waiting.check(request.n, request.n * len(request.prompt))
         texts = work.add_texts(self._texts, settings.draft_tokens)
         self._texts += len(texts)
         work.bound(settings.context, capacity)
-        self.scheduler.add(texts)
+        self.scheduler.add([text for text in texts if text.state is State.WAITING])
         self._requests[work.key] = work
         self._idle.clear()
+        if request.written:
+            self._end_full(work)
         self.observer.totals.prompt_tokens += request.n * len(request.prompt)
         if not math.isinf(deadline):
             error = DeadlineError("the deadline passed before the text was complete")
@@ -162,7 +177,7 @@ class GenerationHead:
             work.timer = loop.call_later(deadline - now, self._fail, work, error)
         # What else arrives in this turn of the loop may join the batch.
         self._pump_soon()
-        return Handle(self, work)
+        return Handle(work)
 
     async def generate(
         self,
@@ -256,6 +271,39 @@ class GenerationHead:
         self._pump()
         self._deliver_soon()
 
+    def surrender(self) -> list[OpenRequest]:
+        """Gives all requests up, for other heads to adopt. Only while the pipeline is down."""
+        given, self._requests = list(self._requests.values()), {}
+        for work in given:
+            for text in work.texts:
+                if text.state is State.WAITING:
+                    self.scheduler.waiting.remove(text)
+        self._idle.set()
+        return given
+
+    def adopt(self, work: OpenRequest) -> None:
+        """Goes on with a request that another head has surrendered, from the tokens it has."""
+        if work.timer is not None:
+            error = DeadlineError("the deadline passed before the text was complete")
+            loop = asyncio.get_running_loop()
+            due = work.timer.when()
+            work.timer.cancel()
+            work.timer = loop.call_at(due, self._fail, work, error)
+        # Its old key and places in the order of arrival may be taken here.
+        work.key = f"{work.key.rpartition('#')[0]}#{next(self._request_ids)}"
+        work.head = self
+        work.prompt_digests = []
+        self._requests[work.key] = work
+        self._idle.clear()
+        for text in work.texts:
+            if text.state is State.WAITING:
+                text.order, self._texts = self._texts, self._texts + 1
+                text.digests = []  # keyed by the other's hasher
+                self.scheduler.waiting.add(text)
+        if self._fit(work):
+            self._end_full(work)
+        self._pump_soon()
+
     # -- batches -----------------------------------------------------------------------------
 
     def _pump_soon(self) -> None:
@@ -270,7 +318,7 @@ class GenerationHead:
             plan = scheduler.plan(in_flight=len(self._flights), decoding=self._flights.decoding)
             if plan is None:
                 return
-            batch, input_ids = load(next(self._batch_ids), plan, scheduler.tables.block_tokens)
+            batch, input_ids = load(next(self._batch_ids), plan, scheduler.tables)
             batch.released, scheduler.released = scheduler.released, []
             self._departs(plan)
             self._flights.start(batch, input_ids, plan)
@@ -302,11 +350,14 @@ class GenerationHead:
         self.scheduler.advance(item, tokens, accepted)
         self.observer.wrote(len(tokens), len(item.draft), accepted)
         text.ready_since = now
+        text.attempts = 0  # they count what breaks without any progress between
         work.usage.drafted_tokens += len(item.draft)
         work.usage.accepted_tokens += accepted
         work.usage.completion_tokens += len(tokens)
         work.note(text, sampled, tokens, reason)
         self._news[work] = None
+        if text.length == text.prompt_length + len(tokens):
+            self._urgent = True  # a text's first
         if reason is not None:
             self._finish(work, text)
 
@@ -325,24 +376,33 @@ class GenerationHead:
 
     def _refit(self) -> None:
         """Bounds all texts by the KV cache's size, and ends what no longer fits."""
-        context, capacity = self.settings.context, self.scheduler.tables.capacity
         for work in list(self._requests.values()):
-            try:
-                check_fits(len(work.request.prompt), context=context, capacity=capacity)
-            except InvalidRequestError as error:
-                self._fail(work, error)
-                continue
-            work.bound(context, capacity)
-            for text in work.texts:
-                if text.state is not State.DONE and text.length >= text.limit:
-                    nothing = SampledTokens(0, NO_TOKENS)
-                    work.note(text, nothing, NO_TOKENS, FinishReason.LENGTH)
-                    self._finish(work, text)
+            if self._fit(work):
+                self._end_full(work)
+
+    def _fit(self, work: OpenRequest) -> bool:
+        """Bounds a request's texts by the KV cache's size; whether there is room for any."""
+        context, capacity = self.settings.context, self.scheduler.tables.capacity
+        try:
+            check_fits(len(work.request.prompt), context=context, capacity=capacity)
+        except InvalidRequestError as error:
+            self._fail(work, error)
+            return False
+        work.bound(context, capacity)
+        return True
+
+    def _end_full(self, work: OpenRequest) -> None:
+        """Ends those of a request's texts that are as long as they may be."""
+        for text in work.texts:
+            if text.state is not State.DONE and text.length >= text.limit:
+                work.note(text, SampledTokens(0, NO_TOKENS), NO_TOKENS, FinishReason.LENGTH)
+                self._finish(work, text)
 
     def _finish(self, work: OpenRequest, text: Text) -> None:
         self.scheduler.release(text)
         work.left -= 1
         self._news[work] = None
+        self._urgent = True
         if not work.left:
             self._close(work, "complete")
 
@@ -360,6 +420,7 @@ class GenerationHead:
     def _close(self, work: OpenRequest, outcome: str) -> None:
         """Frees what a request holds. There may still be news to deliver."""
         del self._requests[work.key]
+        self._urgent = True
         self.observer.totals.requests[outcome] += 1
         if work.timer is not None:
             work.timer.cancel()
@@ -371,12 +432,22 @@ class GenerationHead:
     # -- news --------------------------------------------------------------------------------
 
     def _deliver_soon(self) -> None:
-        if not self._delivering:
-            self._delivering = True
-            asyncio.get_running_loop().call_soon(self._deliver)
+        loop = asyncio.get_running_loop()
+        due = -math.inf if self._urgent else self._delivered + self.settings.news_seconds
+        if due >= self._due:
+            return
+        if self._delivery is not None:
+            self._delivery.cancel()
+        self._due = due
+        if due <= loop.time():
+            self._due = -math.inf
+            self._delivery = loop.call_soon(self._deliver)
+        else:
+            self._delivery = loop.call_at(due, self._deliver)
 
     def _deliver(self) -> None:
-        self._delivering = False
+        self._delivery, self._due, self._urgent = None, math.inf, False
+        self._delivered = asyncio.get_running_loop().time()
         while self._news:
             work = next(iter(self._news))
             del self._news[work]

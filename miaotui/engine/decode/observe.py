@@ -29,8 +29,8 @@ class GenerationTotals:
 
 
 class GenerationObserver:
-    """Metrics of one head. Its counters are read when they are collected: they cost no step
-    anything."""
+    """Metrics of one head, or of the heads of several lanes. Its counters are read when they are
+    collected: they cost no step anything."""
 
     def __init__(self, scheduler: DecodeScheduler) -> None:
         self.totals = totals = GenerationTotals()
@@ -45,42 +45,45 @@ class GenerationObserver:
             "miaotui.generate.batch.tokens", "{token}", "Tokens in a batch"
         )
         # Only weakly: a meter outlives heads.
-        source = weakref.ref(scheduler)
+        self._schedulers = sources = weakref.WeakSet((scheduler,))
 
         def reads(
-            read: Callable[[DecodeScheduler], int],
+            read: Callable[[], int],
         ) -> list[Callable[[CallbackOptions], Iterable[Observation]]]:
             def observe(_options: CallbackOptions) -> Iterable[Observation]:
-                alive = source()
-                return [] if alive is None else [Observation(read(alive))]
+                return [Observation(read())] if sources else []
 
             return [observe]
 
         def ended(_options: CallbackOptions) -> Iterable[Observation]:
-            if source() is None:
+            if not sources:
                 return []
             return [
                 Observation(count, {"miaotui.outcome": outcome})
                 for outcome, count in totals.requests.items()
             ]
 
-        counters: list[tuple[str, str, str, Callable[[DecodeScheduler], int]]] = [
-            ("tokens", "{token}", "Tokens written", lambda _: totals.tokens),
-            ("prompt.tokens", "{token}", "Tokens of prompts", lambda _: totals.prompt_tokens),
+        counters: list[tuple[str, str, str, Callable[[], int]]] = [
+            ("tokens", "{token}", "Tokens written", lambda: totals.tokens),
+            ("prompt.tokens", "{token}", "Tokens of prompts", lambda: totals.prompt_tokens),
             (
                 "prompt.shared_tokens",
                 "{token}",
                 "Tokens not computed, because others had begun alike",
-                lambda alive: alive.tables.shared_tokens,
+                lambda: sum(one.tables.shared_tokens for one in sources),
             ),
-            ("drafted.tokens", "{token}", "Tokens guessed ahead", lambda _: totals.drafted),
-            ("accepted.tokens", "{token}", "Guesses that were right", lambda _: totals.accepted),
+            ("drafted.tokens", "{token}", "Tokens guessed ahead", lambda: totals.drafted),
+            ("accepted.tokens", "{token}", "Guesses that were right", lambda: totals.accepted),
         ]
         for name, unit, text, read in counters:
             meter.create_observable_counter(f"miaotui.generate.{name}", reads(read), unit, text)
         meter.create_observable_counter(
             "miaotui.generate.requests", [ended], "{request}", "Requests that ended"
         )
+
+    def add(self, scheduler: DecodeScheduler) -> None:
+        """Counts another lane's, too."""
+        self._schedulers.add(scheduler)
 
     def begun(self, waited: float) -> None:
         """A request's first batch sets out, so many seconds after its arrival."""

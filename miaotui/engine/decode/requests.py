@@ -6,10 +6,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 
-from miaotui.engine.decode.sequence import Grown, Text, Work
+from miaotui.engine.decode.sequence import Grown, State, Text, Work
 from miaotui.engine.decode.speculation import Drafter
 from miaotui.engine.decode.types import (
     FinishReason,
@@ -29,11 +30,20 @@ more come."""
 _SPARE_TOKENS = 64
 
 
+class Holder(Protocol):
+    """The head that a request is at."""
+
+    def abandon(self, work: OpenRequest) -> None:
+        """Ends a request that nobody waits for any more."""
+
+
 @dataclass(eq=False, slots=True, kw_only=True)
 class OpenRequest(Work):
     """Collects what is new for a request until it is delivered."""
 
     sink: Sink
+    head: Holder | None = None
+    """Where it is now; lanes that break hand their requests to others."""
     texts: list[Text] = field(default_factory=list)
     left: int = 0
     """Texts that go on."""
@@ -67,7 +77,17 @@ class OpenRequest(Work):
                 )
             )
         self.left = request.n
+        for text, written in zip(self.texts, request.written, strict=False):
+            text.tokens.extend(written.token_ids)
+            if written.ended:
+                text.state = State.DONE
+                self.left -= 1
         return self.texts
+
+    def abandon(self) -> None:
+        """Nobody waits for it any more."""
+        if self.head is not None:
+            self.head.abandon(self)
 
     def bound(self, context: int, capacity: int | None) -> None:
         """Sets the length at which its texts end."""

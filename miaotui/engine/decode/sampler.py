@@ -18,6 +18,7 @@ import torch
 
 from miaotui.engine.decode.filters import Choice, draw_tokens
 from miaotui.engine.decode.grammar import Grammars, Matcher, SchemaError
+from miaotui.engine.decode.suppression import Suppression
 from miaotui.engine.decode.types import (
     PlaceLogprobs,
     SampledTokens,
@@ -56,6 +57,8 @@ class _Sequence:
     """Whether its grammar cannot be followed: it ends at once."""
     simple: bool = False
     """Whether nothing but the most probable token is asked for."""
+    begins: bool = False
+    """Whether the next token is the text's first."""
 
     @classmethod
     def of(cls, start: SequenceStart, device: torch.device) -> _Sequence:
@@ -68,7 +71,7 @@ class _Sequence:
         simple = (
             params.greedy and params.logprobs is None and bias is None and not params.needs_history
         )
-        made = cls(params, set(), bias=bias, simple=simple)
+        made = cls(params, set(), bias=bias, simple=simple, begins=not len(start.written))
         if params.repetition_penalty != 1.0:
             made.seen.update(start.prompt.tolist())
         for token in start.written.tolist():
@@ -125,16 +128,22 @@ class Sampler:
     """Keeps what sequences need to be sampled, and samples them. For one thread at a time."""
 
     def __init__(
-        self, vocab_size: int, device: torch.device, grammars: Grammars | None = None
+        self,
+        vocab_size: int,
+        device: torch.device,
+        grammars: Grammars | None = None,
+        suppression: Suppression | None = None,
     ) -> None:
         """Take the model's vocabulary size and the device that logits come on.
 
         `grammars` follows JSON schemas; where it is missing, or a schema cannot be followed
-        (callers check it before), a text ends at once.
+        (callers check it before), a text ends at once. `suppression` names tokens that are not
+        written whatever else is asked for.
         """
         self._vocab_size = vocab_size
         self._device = device
         self._grammars = grammars
+        self._suppression = suppression
         self._sequences: dict[int, _Sequence] = {}
 
     def __len__(self) -> int:
@@ -166,7 +175,7 @@ class Sampler:
         place, so that the result is what sampling without a draft would have been.
 
         Args:
-            logits: float32 [n, vocab_size], the sequences' rows one after another.
+            logits: float32 [n, vocab_size], the sequences' rows one after another. May be changed.
             rows: which those are.
 
         Raises:
@@ -175,6 +184,8 @@ class Sampler:
         if sum(1 + len(item.draft) for item in rows) != len(logits):
             raise BatchError(f"{len(logits)} rows of logits do not fit the sequences' drafts")
         known = [self._known(item.sequence_id) for item in rows]
+        if self._suppression is not None:
+            self._suppress(self._suppression, logits, known, rows)
         if all(sequence.simple for sequence in known):
             return _verify_greedy(logits.argmax(-1).tolist(), rows)
         results = [SampledTokens(item.sequence_id, np.zeros(0, np.int32)) for item in rows]
@@ -206,6 +217,21 @@ class Sampler:
             result.token_ids = np.array(ids, np.int32)
             result.complete = sequence.complete
         return results
+
+    def _suppress(
+        self,
+        suppression: Suppression,
+        logits: torch.Tensor,
+        sequences: Sequence[_Sequence],
+        rows: Sequence[SampleRows],
+    ) -> None:
+        row, firsts = 0, []
+        for sequence, item in zip(sequences, rows, strict=True):
+            if sequence.begins:
+                sequence.begins = False
+                firsts.append(row)
+            row += 1 + len(item.draft)
+        suppression.apply(logits, firsts)
 
     def _known(self, sequence_id: int) -> _Sequence:
         try:

@@ -65,9 +65,11 @@ class DecodeScheduler:
     def __init__(self, settings: GenerationSettings) -> None:
         self.settings = settings
         self.waiting = WaitingTexts(
-            max_texts=settings.queue_sequences, max_tokens=settings.queue_tokens
+            max_texts=settings.queue_sequences,
+            max_tokens=settings.queue_tokens,
+            source_rows=settings.source_rows,
         )
-        self.tables = BlockTables(sharing=settings.prefix_cache)
+        self.tables = BlockTables(sharing=settings.prefix_cache, source_rows=settings.source_rows)
         self.released: list[int] = []
         """Ids of sequences that have ended and that no batch has reported yet."""
         self.preemptions = 0
@@ -212,7 +214,8 @@ class DecodeScheduler:
             hopeful -= 1
             # Nobody is to give way for a mere guess.
             if not self.tables.grow(text, text.length + share, spare=len(self._running)):
-                share = min(share, text.table.size * self.tables.block_tokens - text.length)
+                held = text.table.size - self.tables.size(0)
+                share = min(share, held * self.tables.block_tokens - text.length)
             drafts[index] = draft[:share]
             spare -= share
         return drafts
@@ -254,9 +257,9 @@ class DecodeScheduler:
             admitted = self._admit()
             if admitted is None:
                 break
-            unsent -= admitted.length
+            unsent -= admitted.length + settings.source_rows
             mine.append(self._chunk(admitted, budget, unsent))
-            budget -= mine[-1].length
+            budget -= mine[-1].length + settings.source_rows
         for item in mine:
             # What was left to others, but they could not use.
             budget -= self._lengthen(item, budget)

@@ -152,6 +152,7 @@ class Text:
             if self.sampling.needs_prompt
             else NO_TOKENS,
             written=self.tokens.view(self.prompt_length, self.length),
+            source=self.work.request.source,
         )
 
     def stop(self, state: State) -> None:
@@ -169,7 +170,7 @@ class Text:
         full = self.length // block_tokens
         if full <= len(self.digests):
             return
-        parent = self.digests[-1] if self.digests else b""
+        parent = self.digests[-1] if self.digests else self.work.request.cache_salt
         for begin in range(len(self.digests) * block_tokens, full * block_tokens, block_tokens):
             block = self.tokens.view(begin, begin + block_tokens)
             parent = hasher.digest(parent, block.tobytes())

@@ -41,6 +41,14 @@ class GenerationSettings:
     than one, because reading the weights takes longer."""
     prefix_cache: bool = True
     """Whether texts that begin alike share KV blocks."""
+    source_shape: tuple[int, ...] = ()
+    """Encoder-decoder models: of a request's features; empty: the model takes none."""
+    source_rows: int = 0
+    """Encoder-decoder models: rows that the encoder makes of them. A text's first slice carries
+    them, and their keys and values lie in its first KV blocks."""
+    news_seconds: float = 0.0
+    """Tokens are told at most this often, but for a text's first and its end: each telling costs
+    a message at every hop, and so time of the cores that compute. 0: every step."""
     grace: float = 15.0
     """So long requests wait for a broken pipeline to come back."""
     max_attempts: int = 3
@@ -59,8 +67,10 @@ class GenerationSettings:
             self.queue_tokens,
             self.max_attempts,
         )
-        if smallest < 1 or min(self.micro_batches, self.draft_tokens) < 0:
+        if smallest < 1 or min(self.micro_batches, self.draft_tokens, self.news_seconds) < 0:
             raise ValueError(f"a bound is too small: {self}")
+        if bool(self.source_shape) != (self.source_rows > 0):
+            raise ValueError("source_shape and source_rows are given together or not at all")
         if self.vocabulary > MAX_VOCABULARY:
             raise ValueError(f"a vocabulary of {self.vocabulary} exceeds {MAX_VOCABULARY}")
 

@@ -17,13 +17,16 @@ class BlockTables:
     A block is shared only once every stage has computed it, for a text that still runs.
     """
 
-    def __init__(self, *, sharing: bool) -> None:
-        """`sharing`: whether texts that begin alike share blocks."""
+    def __init__(self, *, sharing: bool, source_rows: int = 0) -> None:
+        """`sharing`: whether texts that begin alike share blocks; `source_rows`: an encoder's
+        rows, for which every text has blocks before those of its tokens. Such are not shared.
+        """
         self.pool: BlockPool | None = None
         self.block_tokens = 0
         self.shared_tokens = 0
         """Tokens that were not computed because their blocks were there already."""
-        self._sharing = sharing
+        self._sharing = sharing and not source_rows
+        self._source_rows = source_rows
         self._hasher = BlockHasher()
         self._pending: dict[bytes, Text] = {}
         """Blocks that are being computed and will then be shared, and by whom."""
@@ -45,13 +48,19 @@ class BlockTables:
 
     @property
     def capacity(self) -> int | None:
-        """Tokens that the KV cache holds; None while its size is not known."""
-        return None if self.pool is None else self.pool.blocks * self.block_tokens
+        """Tokens of one text that the KV cache holds; None while its size is not known."""
+        if self.pool is None:
+            return None
+        return max(0, self.pool.blocks - self.size(0)) * self.block_tokens
 
     @property
     def idle(self) -> bool:
         """Whether no block is in use or being computed."""
         return not self._pending and (self.pool is None or not self.pool.used)
+
+    def size(self, length: int) -> int:
+        """Blocks of a text of `length` tokens, and of what it is about."""
+        return -(-self._source_rows // self.block_tokens) - (-length // self.block_tokens)
 
     def configure(self, blocks: int, block_tokens: int, texts: Iterable[Text]) -> None:
         """Sets the KV cache's size; nobody may hold a block. `texts`: all that there are."""
@@ -100,7 +109,7 @@ class BlockTables:
         """Gives a text blocks for all its tokens if `spare` more are left then."""
         pool = self.pool
         assert pool is not None
-        fresh = -(-text.length // self.block_tokens) - len(shared)
+        fresh = self.size(text.length) - len(shared)
         if fresh + pool.idle(shared) + spare > pool.available:
             return False
         pool.share(shared)
@@ -116,7 +125,7 @@ class BlockTables:
     def grow(self, text: Text, length: int, spare: int = 0) -> bool:
         """Sees that a text has blocks for `length` tokens if `spare` more are left then."""
         assert self.pool is not None
-        missing = -(-length // self.block_tokens) - text.table.size
+        missing = self.size(length) - text.table.size
         if missing > 0:
             if missing + spare > self.pool.available:
                 return False

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 TokenIds = npt.NDArray[np.int32]
+SourceFeatures = npt.NDArray[np.float32]
+"""What an encoder reads: the features of a sound, or a picture's pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ class SequenceStart:
     """int32 [tokens]; empty where `sampling.needs_prompt` is false."""
     written: TokenIds
     """int32 [tokens]: written before the sequence started again."""
+    source: SourceFeatures | None = None
+    """Encoder-decoder models, at stage 0 only: what the encoder reads."""
 
 
 @dataclass(slots=True)
@@ -86,7 +90,8 @@ class DecodeSlice:
     start: int
     """Position in the sequence of the first of its tokens in this batch; so many are cached."""
     blocks: TokenIds
-    """int32: the KV block table, from the sequence's first token to this slice's last."""
+    """int32: the KV block table, from the sequence's first token to this slice's last; before
+    them, of an encoder-decoder model, the blocks of the encoder's rows."""
     samples: int
     """At so many of its last positions in this batch a token is sampled: 0 while more of the
     prompt follows, 1 in plain decoding, 1 + len(draft) when a draft is verified."""
@@ -94,6 +99,8 @@ class DecodeSlice:
     """int32: tokens guessed ahead, the slice's last tokens."""
     begin: SequenceStart | None = None
     """On a sequence's first slice only."""
+    tokens: TokenIds = field(default_factory=lambda: np.zeros(0, np.int32))
+    """int32: encoder-decoder models' tokens, the draft's included, which a later stage embeds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +135,16 @@ class FinishReason(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class WrittenText:
+    """What was written of a text before its request was resumed."""
+
+    token_ids: TokenIds
+    """int32 [tokens]."""
+    ended: bool = False
+    """Nothing follows."""
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A prompt to be continued, `n` times."""
 
@@ -141,6 +158,12 @@ class GenerationRequest:
     """How many texts; text i is sampled with seed + i."""
     draft_tokens: int | None = None
     """Most tokens guessed ahead a step; None: the head's default; 0: none."""
+    cache_salt: bytes = b""
+    """Only requests of equal salt share KV blocks."""
+    source: SourceFeatures | None = None
+    """float32: what the encoder of an encoder-decoder model reads; None for other models."""
+    written: tuple[WrittenText, ...] = ()
+    """Resumes a request: what was written before, one entry a text; not told again."""
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from miaotui.engine.decode.types import GenerationRequest, SamplingParams
+from miaotui.engine.decode.types import GenerationRequest, SamplingParams, SourceFeatures
 
 
 class InvalidRequestError(ValueError):
@@ -14,23 +14,37 @@ class InvalidRequestError(ValueError):
 
 
 def check_request(
-    request: GenerationRequest, *, vocabulary: int, context: int, capacity: int | None, texts: int
+    request: GenerationRequest,
+    *,
+    vocabulary: int,
+    context: int,
+    capacity: int | None,
+    texts: int,
+    source_shape: tuple[int, ...] = (),
 ) -> None:
     """Raises `InvalidRequestError` for what would fail, or harm others, later.
 
     `vocabulary`: token ids are below this; `context`: tokens that the model can take;
-    `capacity`: tokens that the KV cache holds, None: not known yet; `texts`: most a request.
+    `capacity`: tokens that the KV cache holds, None: not known yet; `texts`: most a request;
+    `source_shape`: of what the encoder reads, empty: there is no encoder.
     """
     prompt = request.prompt
     if prompt.ndim != 1 or prompt.dtype != np.int32:
         raise InvalidRequestError(
             f"the prompt must be int32 [tokens], not {prompt.dtype} {list(prompt.shape)}"
         )
+    _check_source(request.source, source_shape)
     if not len(prompt):
         raise InvalidRequestError("the prompt is empty")
     if int(prompt.min()) < 0 or int(prompt.max()) >= vocabulary:
         raise InvalidRequestError(f"the prompt's token ids must be from 0 to {vocabulary - 1}")
     check_fits(len(prompt), context=context, capacity=capacity)
+    longest = max((len(text.token_ids) for text in request.written), default=0)
+    if len(prompt) + longest > context:
+        raise InvalidRequestError(
+            f"prompt and what was written have {len(prompt) + longest} tokens; the model's context "
+            f"has room for {context}"
+        )
     if not 1 <= request.n <= texts:
         raise InvalidRequestError(f"n must be from 1 to {texts}, not {request.n}")
     if request.max_tokens < 0:
@@ -52,6 +66,24 @@ def check_fits(prompt: int, *, context: int, capacity: int | None) -> None:
             f"the prompt has {prompt} tokens; the KV cache has room for {capacity}, "
             "the text included"
         )
+
+
+def _check_source(source: SourceFeatures | None, shape: tuple[int, ...]) -> None:
+    if source is None:
+        if shape:
+            raise InvalidRequestError(
+                f"features: none; this model writes about float32 features of shape {list(shape)}"
+            )
+        return
+    if not shape:
+        raise InvalidRequestError("features: this model reads text only; send none")
+    if source.dtype != np.float32 or source.shape != shape:
+        raise InvalidRequestError(
+            f"features: {source.dtype} of shape {list(source.shape)}; this model takes float32 of "
+            f"shape {list(shape)}"
+        )
+    if not np.isfinite(source).all():
+        raise InvalidRequestError("features: some are not finite numbers")
 
 
 def _check_sampling(sampling: SamplingParams, vocabulary: int) -> None:

@@ -21,13 +21,15 @@ class WaitingTexts:
     there, it need not be computed again.
     """
 
-    def __init__(self, *, max_texts: int, max_tokens: int) -> None:
+    def __init__(self, *, max_texts: int, max_tokens: int, source_rows: int = 0) -> None:
+        """`source_rows`: an encoder's rows of each text, which count as tokens."""
         self.max_texts = max_texts
         self.max_tokens = max_tokens
         self.tokens = 0
         """Of all that wait."""
         self.held_tokens = 0
         """Of those that are held back."""
+        self._source_rows = source_rows
         self._queue: list[Text] = []
         self._held: dict[Text, bytes] = {}
         self._holding: dict[bytes, list[Text]] = {}
@@ -47,6 +49,7 @@ class WaitingTexts:
 
     def check(self, texts: int, tokens: int) -> None:
         """Raises `QueueFullError` where so many more do not fit."""
+        tokens += texts * self._source_rows
         # A single huge request may still run on an idle pipeline.
         if len(self) + texts > self.max_texts or (self and self.tokens + tokens > self.max_tokens):
             raise QueueFullError(
@@ -56,12 +59,12 @@ class WaitingTexts:
 
     def add(self, text: Text) -> None:
         """Queues a text, whatever the bounds: those that ran before come back this way."""
-        self.tokens += text.length
+        self.tokens += text.length + self._source_rows
         bisect.insort(self._queue, text, key=by_order)
 
     def remove(self, text: Text) -> None:
         """Takes a text out."""
-        self.tokens -= text.length
+        self.tokens -= text.length + self._source_rows
         digest = self._held.get(text)
         if digest is None:
             del self._queue[bisect.bisect_left(self._queue, text.order, key=by_order)]
@@ -76,7 +79,7 @@ class WaitingTexts:
         del self._queue[bisect.bisect_left(self._queue, text.order, key=by_order)]
         self._held[text] = digest
         self._holding.setdefault(digest, []).append(text)
-        self.held_tokens += text.length
+        self.held_tokens += text.length + self._source_rows
 
     def wake(self, digests: Iterable[bytes]) -> None:
         """These blocks are there now, or never will be."""
@@ -89,4 +92,4 @@ class WaitingTexts:
 
     def _let_go(self, text: Text) -> None:
         del self._held[text]
-        self.held_tokens -= text.length
+        self.held_tokens -= text.length + self._source_rows

@@ -1,0 +1,131 @@
+"""Rounds weights to 8 or fewer bits, and finds scales for activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from miaotui.compression.questions import Labelled
+from miaotui.compression.statistics import InputCodes, InputStatistics, input_statistics
+from miaotui.compression.workspace import INPUTS, Workspace
+from miaotui.models.compressed import (
+    Int8Embedding,
+    Int8Linear,
+    LowRankLinear,
+    PackedLinear,
+    QuantizedLinear,
+    quantize_groups,
+    quantize_rows,
+)
+
+
+def quantize(
+    workspace: Workspace,
+    bits: int,
+    *,
+    static: bool,
+    batches: Sequence[Labelled] = (),
+    group: int = 32,
+) -> None:
+    """Round all layers' linears and the word embeddings of a model, in place.
+
+    Args:
+        workspace: the model; its linears may have been pruned or factorised.
+        bits: of the layers' weights: 8, or 2 to 7 in groups. Embeddings always get 8.
+        static: whether activations are rounded by scales calibrated on `batches` (W8A8 static)
+            or by one found for each token as it comes.
+        batches: what to calibrate on, with `static`.
+        group: inputs that share a scale, below 8 bits.
+    """
+    codes = _input_codes(workspace, batches) if static else {}
+    inner = _inner_statistics(workspace, batches) if static else {}
+    for layer, part, module in list(workspace.linears()):
+        chosen = codes.get((layer, INPUTS[part]))
+        if isinstance(module, LowRankLinear):
+            between = None
+            if static:
+                assert isinstance(module.outer, nn.Linear)
+                between = inner[module].codes(module.outer.weight.detach(), smooth=False)
+            new: nn.Module = LowRankLinear(
+                _round(module.inner, bits, group, chosen),
+                _round(module.outer, bits, group, between),
+            )
+        else:
+            new = _round(module, bits, group, chosen)
+        workspace.replace(module, new)
+    for name, module in list(workspace.skeleton.root.named_modules()):
+        if isinstance(module, nn.Embedding) and name.endswith("word_embeddings"):
+            table = Int8Embedding(module.num_embeddings, module.embedding_dim)
+            table.weight, table.weight_scale = quantize_rows(module.weight.detach())
+            workspace.replace(module, table)
+
+
+@torch.inference_mode()
+def _input_codes(
+    workspace: Workspace, batches: Sequence[Labelled]
+) -> dict[tuple[int, str], InputCodes]:
+    """How to round what goes into linears; those with the same input share its codes."""
+    weights: dict[tuple[int, str], list[torch.Tensor]] = {}
+    for layer, part, module in workspace.linears():
+        first = module.inner if isinstance(module, LowRankLinear) else module
+        assert isinstance(first, nn.Linear)
+        weights.setdefault((layer, INPUTS[part]), []).append(first.weight.detach())
+    statistics = input_statistics(workspace, batches)
+    return {
+        # The last product takes its codes right from the one before, unscaled.
+        key: found.codes(torch.cat(weights[key]), smooth=key[1] != "down")
+        for key, found in statistics.items()
+    }
+
+
+def _round(module: nn.Module, bits: int, group: int, codes: InputCodes | None) -> QuantizedLinear:
+    assert isinstance(module, nn.Linear)
+    shape = (module.in_features, module.out_features)
+    bias, static = module.bias is not None, codes is not None
+    smooth = None if codes is None else codes.smooth
+    weight = module.weight.detach()
+    if smooth is not None:
+        weight = weight / smooth
+    new: QuantizedLinear
+    if bits == 8:
+        new = Int8Linear(*shape, bias=bias, static=static, smooth=smooth is not None)
+        new.weight, new.weight_scale = quantize_rows(weight)
+    else:
+        new = PackedLinear(
+            *shape, bits=bits, group=group, bias=bias, static=static, smooth=smooth is not None
+        )
+        new.weight, new.weight_scale = quantize_groups(weight, bits, group)
+    if bias:
+        new.bias = nn.Parameter(module.bias.detach().clone(), requires_grad=False)
+    if codes is not None:
+        new.input_scale = torch.tensor([codes.scale])
+        new.input_zero_point = torch.tensor([codes.zero], dtype=torch.int32)
+    if smooth is not None:
+        new.input_smooth = smooth.clone()
+    return new
+
+
+@torch.inference_mode()
+def _inner_statistics(
+    workspace: Workspace, batches: Sequence[Labelled]
+) -> dict[nn.Module, InputStatistics]:
+    """What lies between the factors of low-rank linears."""
+    found: dict[nn.Module, InputStatistics] = {}
+    hooks = []
+    for _, _, module in workspace.linears():
+        if isinstance(module, LowRankLinear):
+
+            def look(_m: nn.Module, x: tuple[torch.Tensor], key: nn.Module = module) -> None:
+                flat = x[0].reshape(-1, x[0].shape[-1])
+                found.setdefault(key, InputStatistics(flat.shape[1])).add(flat, gram=False)
+
+            hooks.append(module.outer.register_forward_pre_hook(look))
+    try:
+        for item in batches if hooks else ():
+            workspace.hidden(item.batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
