@@ -88,5 +88,36 @@ def evaluate(
     typer.echo(found.model_dump_json(indent=2))
 
 
+@app.command()
+def private(
+    questions: Annotated[list[Path], typer.Argument(help="SQuAD-format files of your own")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    model: Annotated[Path, typer.Option(help="folder of the model to start from")] = BUNDLED,
+    epsilon: Annotated[float, typer.Option(help="privacy to be spent at most")] = 8.0,
+    settings: SettingsOption = "{}",
+) -> None:
+    """Fine-tune on your own questions with differential privacy, and print what was spent."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        from miaotui.training.private import PrivateConfig, PrivateTrainer, read_questions
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(f"{error}; pip install 'miaotui[private]'") from None
+
+    given = PrivateConfig.model_validate_json(settings).model_dump(exclude_unset=True)
+    trainer = PrivateTrainer(
+        model, read_questions(questions), PrivateConfig(**{"epsilon": epsilon, **given})
+    )
+    steps = trainer.config.steps
+    every = max(1, steps // 20)
+    try:
+        for spent in trainer.run():
+            if spent.steps % every == 0 or spent.steps == steps:
+                typer.echo(f"step {spent.steps} of {steps}: epsilon {spent.epsilon:g} spent")
+    except KeyboardInterrupt:
+        typer.echo("interrupted: what is trained so far is kept")
+    trainer.save(out)
+    typer.echo(trainer.spent.model_dump_json(indent=2))
+
+
 if __name__ == "__main__":
     app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,25 +37,26 @@ class TrainConfig(BaseModel):
     seed: int = 20261124
     fraction: float = Field(default=1.0, gt=0, le=1, description="part of the questions used")
     threads: int = 2
+    step_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     vocabulary: int = Field(default=5900, description="Chinese characters and signs")
     align_epochs: int = 3
 
-    steps: int = Field(default=1000, description="the rate comes to zero here")
-    stop: int = Field(default=850, description="the run ends here, at or before steps")
-    warmup: int = 100
-    decay_from: int = Field(default=500, description="the rate falls to 0 from here")
-    late_from: int = Field(default=504, description="the late mixture is drawn from here")
+    steps: int = Field(default=9000, description="the rate comes to zero here")
+    stop: int = Field(default=9000, description="the run ends here, at or before steps")
+    warmup: int = 200
+    decay_from: int = Field(default=7200, description="the rate falls to 0 from here")
+    late_from: int = Field(default=7200, description="the late mixture is drawn from here")
     batch: int = 16
     chunk: int = Field(default=12, description="batches drawn and sorted together")
     early: Mixture = Mixture(wiki=0.21, amazon=0.14, reddit=0.14, qamr=0.22, cmrc=0.15, drcd=0.14)
-    late: Mixture = Mixture(wiki=0.36, amazon=0.13, reddit=0.11, qamr=0.10, cmrc=0.16, drcd=0.14)
+    late: Mixture = Mixture(wiki=0.34, amazon=0.11, reddit=0.10, qamr=0.07, cmrc=0.21, drcd=0.17)
 
     crop_low: int = Field(default=40, description="fewest passage tokens in a training window")
     crop_first: int = Field(default=80, description="most passage tokens at step 0")
-    crop_last: int = Field(default=208, description="most of them at crop_steps")
-    crop_steps: int = 1600
-    crop_late: int = Field(default=192, description="most of them from late_from on")
+    crop_last: int = Field(default=256, description="most of them at crop_steps")
+    crop_steps: int = 5000
+    crop_late: int = Field(default=320, description="most of them from late_from on")
     unanswerable: float = Field(default=0.12, description="share of wrong passages")
     unanswerable_late: float = Field(default=0.2, description="the same from late_from on")
     mask: float = Field(default=0.12, description="share of Chinese tokens masked")
@@ -67,15 +69,15 @@ class TrainConfig(BaseModel):
     rate_heads: float = 6e-4
     weight_decay: float = 0.01
     clip: float = 1.0
-    dropout: float = 0.0
+    dropout: float = 0.1
     average: float = Field(default=0.997, description="decay of the running average of the weights")
 
     max_length: int = 384
     stride: int = Field(default=128, description="tokens by which two windows of a passage overlap")
     max_question: int = 64
-    evaluate_every: int = 360
+    evaluate_every: int = 1000
     evaluate_questions: int = 50
-    checkpoint_every: int = 100
+    checkpoint_every: int = 300
 
     def crop(self, step: int) -> int:
         """Most passage tokens in a window drawn at ``step``."""

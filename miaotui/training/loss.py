@@ -62,13 +62,15 @@ def collate(examples: list[Example]) -> Batch:
     )
 
 
-def losses(model: TrainingModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def losses(
+    model: TrainingModel, batch: Batch, words: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Span loss and masked-character loss, float32 scalars.
 
     The span loss is the cross entropy of start and end against the votes of all annotators, the
-    mean of the two. The second is 0 without masked tokens.
+    mean of the two. The second is 0 without masked tokens. ``words``: see ``TrainingModel.hidden``.
     """
-    hidden = model.hidden(batch.ids, batch.mask, batch.types)
+    hidden = model.hidden(batch.ids, batch.mask, batch.types, words)
     start, end = model.spans(hidden, batch.mask)
     span = -(batch.starts * F.log_softmax(start, 1) + batch.ends * F.log_softmax(end, 1))
     span_loss = span.sum(1).mean() / 2

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForQuestionAnswering, BertModel
 
+from miaotui.training import attention
+
 
 class SharedRows(nn.Module):
     """Word embeddings in two tables: the base's rows and the new ones.
@@ -30,6 +32,15 @@ class SharedRows(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [...] to float [..., hidden]."""
         return F.embedding(self.rows[ids], torch.cat((self.base, self.new)))
+
+    @torch.no_grad()
+    def looked_up(self, rows: Tensor) -> Tensor:
+        """The rows numbered ``rows`` (int64 [...]), float [..., hidden], apart from any graph."""
+        count = len(self.base)
+        found = self.base[rows.clamp(max=count - 1)]
+        new = rows >= count
+        found[new] = self.new[rows[new] - count]
+        return found
 
     def table(self) -> Tensor:
         """The plain table, float [vocabulary, hidden], that ``forward`` looks up."""
@@ -53,9 +64,15 @@ class TrainingModel(nn.Module):
         )
         self.masked_scale = nn.Parameter(torch.tensor(2.0))
 
-    def hidden(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
-        """int64 [batch, tokens] each to float [batch, tokens, hidden]."""
-        output = self.encoder(input_ids=ids, attention_mask=mask, token_type_ids=types)
+    def hidden(
+        self, ids: Tensor, mask: Tensor, types: Tensor, words: Tensor | None = None
+    ) -> Tensor:
+        """int64 [batch, tokens] each to float [batch, tokens, hidden].
+
+        ``words``, float [batch, tokens, hidden], stands for the embeddings of ``ids``.
+        """
+        what = {"input_ids": ids} if words is None else {"inputs_embeds": words}
+        output = self.encoder(**what, attention_mask=mask, token_type_ids=types)
         states: Tensor = output.last_hidden_state
         return states
 
@@ -84,10 +101,11 @@ def base_folder() -> Path:
 
 
 def base_config(folder: Path, dropout: float = 0.0) -> BertConfig:
-    """The base's configuration with its dropout set, attention by torch's fused function."""
+    """The base's configuration, with ``dropout`` on hidden states and none on attention."""
     config = BertConfig.from_pretrained(folder)
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    config._attn_implementation = "sdpa"
+    config.hidden_dropout_prob = dropout
+    config.attention_probs_dropout_prob = 0.0
+    config._attn_implementation = attention.NAME
     return config
 
 
@@ -101,12 +119,14 @@ def base_state(folder: Path) -> dict[str, Tensor]:
     }
 
 
-def from_base(folder: Path, new: Tensor, rows: Tensor, seed: int) -> TrainingModel:
+def from_base(
+    folder: Path, new: Tensor, rows: Tensor, seed: int, dropout: float = 0.0
+) -> TrainingModel:
     """The base encoder with ``new`` rows (float32 [n, hidden]) and fresh heads."""
     torch.manual_seed(seed)
     state = base_state(folder)
     word = state.pop("embeddings.word_embeddings.weight")
-    model = TrainingModel(base_config(folder), word, new, rows)
+    model = TrainingModel(base_config(folder, dropout), word, new, rows)
     missing, unexpected = model.encoder.load_state_dict(state, strict=False)
     if unexpected or any(not name.startswith("embeddings.word_embeddings") for name in missing):
         raise ValueError(f"the base does not fit: {missing} missing, {unexpected} unexpected")

@@ -99,7 +99,7 @@ def set_up(config: TrainConfig, base: Path | None = None) -> Setup:
     torch.set_num_threads(config.threads)
     corpus = read_corpus(config.data)
     vocabulary, rows = prepare_rows(config, corpus)
-    model = from_base(base or base_folder(), rows, vocabulary.rows, config.seed)
+    model = from_base(base or base_folder(), rows, vocabulary.rows, config.seed, config.dropout)
     encoded = encode(corpus, vocabulary.tokenizer, config.max_question)
     return Setup(config, vocabulary, model, encoded, Special.of(vocabulary.tokenizer))
 

@@ -11,10 +11,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from miaotui.engine.allocator import keep_freed_memory
+from miaotui.models.precision import resolve_dtype
 from miaotui.training import checkpoint
 from miaotui.training.config import TrainConfig
 from miaotui.training.loss import collate, losses
@@ -29,6 +32,11 @@ Evaluate = Callable[[TrainingModel], dict[str, float]]
 def pick_device() -> torch.device:
     """The GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def step_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What matrices are multiplied in: "auto" is bfloat16 where that is the faster."""
+    return resolve_dtype("fast" if name == "auto" else name, device)
 
 
 def parameter_groups(model: TrainingModel, config: TrainConfig) -> list[dict[str, object]]:
@@ -67,6 +75,21 @@ def _one_core(device: torch.device) -> None:
         torch.set_num_threads(1)
 
 
+class _Part(NamedTuple):
+    """What one worker's examples gave: mean losses, and gradients of the mean loss.
+
+    ``dense``: of each parameter but the big table. ``words``: float [n, hidden], of the
+    embeddings looked up in the table rows ``rows``, int64 [n].
+    """
+
+    span: float
+    masked: float
+    tokens: int
+    dense: tuple[Tensor | None, ...]
+    rows: Tensor
+    words: Tensor
+
+
 class Trainer:
     """One run: a model, its optimiser, its running average, its place in the data."""
 
@@ -85,8 +108,14 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config), betas=(0.9, 0.98), eps=1e-6, fused=True
         )
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.dense = [p for p in model.parameters() if p is not model.words.base]
+        self.base_gradient = torch.zeros_like(model.words.base)
+        self.touched = torch.zeros(0, dtype=torch.long, device=self.device)
+        self.dtype = step_dtype(config.step_dtype, self.device)
+        if self.device.type == "cuda":
+            model.encoder.config._attn_implementation = "sdpa"
         self.workers = 1 if self.device.type == "cuda" else config.threads
+        keep_freed_memory()
         self.pool = ThreadPoolExecutor(self.workers, initializer=_one_core, initargs=(self.device,))
         self.step = 0
         self.seconds = 0.0
@@ -209,29 +238,62 @@ class Trainer:
         On CPU each thread takes every n-th example and one core: they meet once a step rather
         than once an operation, which is faster, and much faster on a machine others use too.
         """
-        parts = [examples[i :: self.workers] for i in range(self.workers)]
-        results = list(self.pool.map(self._part, (p for p in parts if p)))
-        for i, parameter in enumerate(self.trained):
+        parts = [p for i in range(self.workers) if (p := examples[i :: self.workers])]
+        results = list(self.pool.map(self._part, parts))
+        weights = [len(part) / len(examples) for part in parts]
+        for i, parameter in enumerate(self.dense):
             gradients = [
-                g * (len(part) / len(examples))
-                for part, (_, _, _, all_) in zip(parts, results, strict=False)
-                if (g := all_[i]) is not None
+                gradient * weight
+                for weight, result in zip(weights, results, strict=True)
+                if (gradient := result.dense[i]) is not None
             ]
             parameter.grad = sum(gradients[1:], gradients[0]) if gradients else None
-        weights = [len(part) / len(examples) for part in parts if part]
-        span = sum(r[0] * w for r, w in zip(results, weights, strict=True))
-        masked = sum(r[1] * w for r, w in zip(results, weights, strict=True))
-        return span, masked, sum(r[2] for r in results)
+        self._word_gradients([(r.rows, r.words * w) for r, w in zip(results, weights, strict=True)])
+        span = sum(r.span * w for r, w in zip(results, weights, strict=True))
+        masked = sum(r.masked * w for r, w in zip(results, weights, strict=True))
+        return span, masked, sum(r.tokens for r in results)
 
-    def _part(self, examples: list[Example]) -> tuple[float, float, int, tuple[Tensor | None, ...]]:
+    def _word_gradients(self, found: list[tuple[Tensor, Tensor]]) -> None:
+        """Add what the words looked up (rows int64 [n], float [n, hidden]) give to the tables.
+
+        A batch looks up a few hundred rows of tens of thousands: the big table's gradient is a
+        buffer that only those rows are written to, and cleared of.
+        """
+        words = self.model.words
+        count = len(words.base)
+        self.base_gradient.index_fill_(0, self.touched, 0.0)
+        for rows, gradient in found:
+            old = rows < count
+            self.base_gradient.index_add_(0, rows[old], gradient[old])
+            if words.new.grad is None:
+                words.new.grad = torch.zeros_like(words.new)
+            words.new.grad.index_add_(0, rows[~old] - count, gradient[~old])
+        self.touched = torch.cat([rows[rows < count] for rows, _ in found]).unique()
+        words.base.grad = self.base_gradient
+
+    def _part(self, examples: list[Example]) -> _Part:
         batch = collate(examples).to(self.device)
+        rows = self.model.words.rows[batch.ids]
+        words = self.model.words.looked_up(rows).requires_grad_()
         with torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"
+            self.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.dtype is torch.bfloat16,
         ):
-            span, masked = losses(self.model, batch)
+            span, masked = losses(self.model, batch, words)
         loss = span + self.config.mask_weight * masked
-        gradients = torch.autograd.grad(loss, self.trained, allow_unused=True)
-        return float(span.detach()), float(masked.detach()), int(batch.mask.sum()), gradients
+        dense = torch.autograd.grad(loss, [*self.dense, words], allow_unused=True)
+        gradient = dense[-1]
+        assert gradient is not None
+        real = batch.mask.bool()
+        return _Part(
+            float(span.detach()),
+            float(masked.detach()),
+            int(batch.mask.sum()),
+            dense[:-1],
+            rows[real],
+            gradient[real],
+        )
 
     def _report(self, window: list[tuple[float, float, int]]) -> None:
         count = len(window)
