@@ -2,7 +2,9 @@
 
 Spans and metrics are exported over OTLP where the standard variables ask for it
 (`OTEL_EXPORTER_OTLP_ENDPOINT` and its kin); metrics can be scraped by Prometheus
-besides. Neither ever holds a prompt or an answer unless `MIAOTUI_TRACE_CONTENT=1`.
+besides. Without such an endpoint, spans of sampled requests can go to a place of the service's
+choice (`Spans`), and otherwise only carry their ids from hop to hop. Neither ever holds a
+prompt or an answer unless `MIAOTUI_TRACE_CONTENT=1`.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation, View
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, Sampler
 
 from miaotui import __version__
 
@@ -31,6 +33,21 @@ SECONDS_BUCKETS = [
     *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.075),
     *(0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0),
 ]
+# Between exports to `Spans.exporter`; whoever looks at a trace has just made its request.
+_EXPORT_MILLISECONDS = 500.0
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where spans go without OpenTelemetry's own settings."""
+
+    processor: SpanProcessor | None = None
+    """Takes them in this process; also where they are exported over OTLP."""
+    exporter: SpanExporter | None = None
+    """Takes them in the background, unless they are exported over OTLP."""
+    sampler: Sampler | None = None
+    """Which traces are wanted, unless they are exported over OTLP; by default those alone
+    that the caller samples."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +72,32 @@ def _otlp_wanted(signal: str) -> bool:
     )
 
 
-def setup_telemetry(service: str, *, instance: str = "") -> Telemetry:
+def _tracer_provider(resource: Resource, spans: Spans | None) -> TracerProvider:
+    if os.environ.get("OTEL_TRACES_EXPORTER") == "none":
+        spans = None
+    if _otlp_wanted("TRACES"):
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+        # The sampler of OTEL_TRACES_SAMPLER, by default every trace.
+        provider = TracerProvider(resource=resource)
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    elif spans is None:
+        # Spans carry their ids from hop to hop, which costs next to nothing.
+        return TracerProvider(resource=resource, sampler=ALWAYS_OFF)
+    else:
+        sampler = spans.sampler or ParentBased(ALWAYS_OFF)
+        provider = TracerProvider(resource=resource, sampler=sampler)
+        if spans.exporter is not None:
+            delay = float(os.environ.get("OTEL_BSP_SCHEDULE_DELAY") or _EXPORT_MILLISECONDS)
+            provider.add_span_processor(
+                BatchSpanProcessor(spans.exporter, schedule_delay_millis=delay)
+            )
+    if spans is not None and spans.processor is not None:
+        provider.add_span_processor(spans.processor)
+    return provider
+
+
+def setup_telemetry(service: str, *, instance: str = "", spans: Spans | None = None) -> Telemetry:
     """Installs this process's tracer and meter providers, once, at start.
 
     `service` becomes `service.name`, `instance` (such as "shard-1") `service.instance.id`.
@@ -68,14 +110,7 @@ def setup_telemetry(service: str, *, instance: str = "") -> Telemetry:
             "service.instance.id": instance or f"{service}-{os.getpid()}",
         }
     )
-    exported = _otlp_wanted("TRACES")
-    # Exported: the sampler of OTEL_TRACES_SAMPLER, by default every trace. Otherwise spans
-    # only carry their ids from hop to hop, which costs next to nothing.
-    tracer_provider = TracerProvider(resource=resource, sampler=None if exported else ALWAYS_OFF)
-    if exported:
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-
-        tracer_provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    tracer_provider = _tracer_provider(resource, spans)
     trace.set_tracer_provider(tracer_provider)
 
     readers: list[MetricReader] = [PrometheusMetricReader()]
@@ -104,6 +139,8 @@ def setup_logging(service: str, level: str = "INFO") -> None:
     # These log each call, at a level that operators leave on.
     for noisy in ("httpx", "httpcore", "grpc._cython.cygrpc"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # This one tells of every header that is too long, and callers can send many.
+    logging.getLogger("opentelemetry.trace.propagation").setLevel(logging.ERROR)
 
 
 def trace_content() -> bool:

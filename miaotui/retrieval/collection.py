@@ -10,12 +10,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from miaotui.retrieval.database import Database, Document, Marks, StoredPassage
+from miaotui.retrieval.database import Database
 from miaotui.retrieval.encoder import Vectors
 from miaotui.retrieval.errors import StoreError
 from miaotui.retrieval.fusion import Ranked, fuse
 from miaotui.retrieval.lexical import NO_HITS, Hits, IdArray, LexicalIndex
 from miaotui.retrieval.prepare import Prepared
+from miaotui.retrieval.stored import Document, Marks, StoredPassage
 from miaotui.retrieval.terms import count_terms
 from miaotui.retrieval.vectors import VectorIndex
 

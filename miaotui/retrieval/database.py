@@ -6,13 +6,10 @@ memory, in this process or another, catches up by reading what has a higher numb
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +19,16 @@ from miaotui.retrieval.errors import StoreError
 from miaotui.retrieval.lexical import IdArray
 from miaotui.retrieval.passages import PASSAGES_VERSION
 from miaotui.retrieval.prepare import Prepared
-from miaotui.retrieval.reading import Heading
+from miaotui.retrieval.stored import (
+    DOCUMENT_COLUMNS,
+    Document,
+    Marks,
+    StoredPassage,
+    compressed,
+    decompressed,
+    read_marks,
+    written_marks,
+)
 from miaotui.retrieval.terms import TERMS_VERSION, Terms, count_terms
 
 _LAYOUT = 1
@@ -65,44 +71,6 @@ CREATE TABLE removals (
   last INTEGER NOT NULL
 );
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A document of a collection. `added`: seconds since 1970, of this version."""
-
-    id: str
-    source: str
-    title: str
-    sha256: str
-    size: int
-    characters: int
-    passages: int
-    added: float
-
-
-@dataclass(frozen=True, slots=True)
-class Marks:
-    """Where a document's headings and pages begin, as in `Extracted`."""
-
-    headings: tuple[Heading, ...]
-    pages: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class StoredPassage:
-    """A passage: characters `start` to `end` of its document's text."""
-
-    id: int
-    document: Document
-    marks: Marks
-    start: int
-    end: int
-    text: str
-    chinese: float
-
-
-_DOCUMENT = "d.id, d.source, d.title, d.sha256, d.size, d.characters, d.passages, d.added"
 
 
 class Database:
@@ -189,7 +157,6 @@ class Database:
     def insert(self, identifier: str, prepared: Prepared) -> None:
         """Adds a document that is not there."""
         extracted = prepared.extracted
-        marks = {"pages": extracted.pages, "headings": [asdict(h) for h in extracted.headings]}
         number = self._sql.execute(
             "INSERT INTO documents (id, source, title, sha256, size, characters, passages, "
             "cutting, added, marks, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -203,8 +170,8 @@ class Database:
                 len(prepared.passages),
                 PASSAGES_VERSION,
                 time.time(),
-                json.dumps(marks, ensure_ascii=False),
-                zlib.compress(extracted.text.encode("utf-8", "surrogatepass"), 6),
+                written_marks(extracted),
+                compressed(extracted.text),
             ),
         ).lastrowid
         self._sql.executemany(
@@ -250,7 +217,7 @@ class Database:
             where = "WHERE (d.source, d.id) > (SELECT source, id FROM documents WHERE id = ?)"
             values = (after,)
         rows = self._sql.execute(
-            f"SELECT {_DOCUMENT} FROM documents d {where} ORDER BY d.source, d.id LIMIT ?",
+            f"SELECT {DOCUMENT_COLUMNS} FROM documents d {where} ORDER BY d.source, d.id LIMIT ?",
             (*values, limit),
         )
         return [Document(*row) for row in rows]
@@ -258,14 +225,14 @@ class Database:
     def document(self, identifier: str) -> tuple[Document, Marks] | None:
         """A document, or `None`."""
         row = self._sql.execute(
-            f"SELECT {_DOCUMENT}, d.marks FROM documents d WHERE d.id = ?", (identifier,)
+            f"SELECT {DOCUMENT_COLUMNS}, d.marks FROM documents d WHERE d.id = ?", (identifier,)
         ).fetchone()
-        return (Document(*row[:-1]), _marks(row[-1])) if row else None
+        return (Document(*row[:-1]), read_marks(row[-1])) if row else None
 
     def text(self, identifier: str) -> str | None:
         """A document's text, which all offsets are about."""
         row = self._sql.execute("SELECT text FROM documents WHERE id = ?", (identifier,)).fetchone()
-        return zlib.decompress(row[0]).decode("utf-8", "surrogatepass") if row else None
+        return decompressed(row[0]) if row else None
 
     def counts(self) -> tuple[int, int, int]:
         """(documents, passages, vectors)."""
@@ -281,13 +248,13 @@ class Database:
         """Those of the passages that are there, by id."""
         holes = ",".join("?" * len(ids))
         rows = self._sql.execute(
-            f'SELECT p.id, p.start, p."end", p.text, p.chinese, d.marks, {_DOCUMENT} '
+            f'SELECT p.id, p.start, p."end", p.text, p.chinese, d.marks, {DOCUMENT_COLUMNS} '
             f"FROM passages p JOIN documents d ON d.number = p.document WHERE p.id IN ({holes})",
             ids,
         )
         return {
             row[0]: StoredPassage(
-                row[0], Document(*row[6:]), _marks(row[5]), row[1], row[2], row[3], row[4]
+                row[0], Document(*row[6:]), read_marks(row[5]), row[1], row[2], row[3], row[4]
             )
             for row in rows
         }
@@ -367,8 +334,3 @@ class Database:
             return seq, np.empty(0, np.int64)
         gone = np.concatenate([np.arange(first, last + 1) for _, first, last in rows])
         return rows[-1][0], np.unique(gone).astype(np.int64)
-
-
-def _marks(written: str) -> Marks:
-    marks = json.loads(written)
-    return Marks(tuple(Heading(**h) for h in marks["headings"]), tuple(marks["pages"]))

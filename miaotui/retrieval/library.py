@@ -1,4 +1,5 @@
-"""Collections in a directory, a file each."""
+"""Libraries of collections, one for each tenant: in a folder, a file a collection, or on a
+server."""
 
 from __future__ import annotations
 
@@ -6,18 +7,106 @@ import re
 import threading
 import unicodedata
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import quote, unquote
 
-from miaotui.retrieval.collection import SqliteCollection
+from miaotui.retrieval.collection import Collection, SqliteCollection
 from miaotui.retrieval.errors import CollectionNameError, StoreError
+from miaotui.retrieval.postgres.location import PostgresLocation, is_postgres
 
 DEFAULT_COLLECTION = "default"
 _SUFFIX = ".sqlite3"
+_TENANTS = "tenants"
 _NAME = re.compile(r"\w(?:[\w .-]*\w)?")
 _MOST_BYTES = 64
 
 
-class Library:
+class Library(Protocol):
+    """A tenant's collections. Thread-safe; every method may block, and raises `StoreError`."""
+
+    def names(self) -> list[str]:
+        """The collections that there are, by name."""
+        ...
+
+    def get(self, name: str, *, create: bool = False) -> Collection | None:
+        """A collection; `None` where there is none and none is to be made.
+
+        Raises `CollectionNameError`, too.
+        """
+        ...
+
+    def close(self) -> None:
+        """Closes all collections."""
+        ...
+
+
+class Store(Protocol):
+    """Where all tenants' libraries are. Thread-safe."""
+
+    kind: str
+    """Names it to callers."""
+
+    def check(self) -> None:
+        """Raises `StoreError` where it cannot be used."""
+        ...
+
+    def library(self, tenant: str) -> Library:
+        """A tenant's library; of what needs no key: "". Ask once, and keep it."""
+        ...
+
+    def tenants(self) -> list[str]:
+        """The tenants that have collections, without "". Raises `StoreError`."""
+        ...
+
+    def close(self) -> None:
+        """Closes it; libraries have been closed before."""
+        ...
+
+
+def open_store(location: str, *, encoder: str) -> Store:
+    """The store at a folder's path or `postgresql://…`, which is not looked at yet.
+
+    `encoder`: name of what makes the vectors; vectors of another one are dropped. Raises
+    `ValueError` for a URL that is none, and where psycopg is not installed.
+    """
+    if not is_postgres(location):
+        return FolderStore(Path(location).expanduser(), encoder=encoder)
+    parsed = PostgresLocation.parse(location)
+    from miaotui.retrieval.postgres.store import PostgresStore
+
+    return PostgresStore(parsed, encoder=encoder)
+
+
+class FolderStore:
+    """A `Store` of SQLite files. What needs no key lies in `directory` itself, a tenant's in a
+    folder of it."""
+
+    kind = "SQLite"
+
+    def __init__(self, directory: Path, *, encoder: str = "") -> None:
+        """`encoder`: see `SqliteCollection`. Folders are made when they are first needed."""
+        self._directory = directory
+        self._encoder = encoder
+
+    def check(self) -> None:
+        """See `Store.check`. A file is only opened when its collection is asked for."""
+
+    def library(self, tenant: str) -> FolderLibrary:
+        """See `Store.library`."""
+        # Tenants' names are letters, digits and "-" (gateway/access/keys.py).
+        folder = self._directory / _TENANTS / tenant if tenant else self._directory
+        return FolderLibrary(folder, encoder=self._encoder)
+
+    def tenants(self) -> list[str]:
+        """See `Store.tenants`."""
+        folder = self._directory / _TENANTS
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+    def close(self) -> None:
+        """See `Store.close`."""
+
+
+class FolderLibrary:
     """Thread-safe. A collection is opened when it is first asked for, and stays open."""
 
     def __init__(self, directory: Path, *, encoder: str = "") -> None:

@@ -74,7 +74,7 @@ class PromptTokenizer:
         self.context_length = _context_length(config, model_dir)
         self.has_chat_template = bool(tokenizer.chat_template)
         self._knows_developer = "developer" in json.dumps(tokenizer.chat_template or "")
-        self.stop_token_ids = _stop_ids(tokenizer, config, generation)
+        self.stop_token_ids = stop_ids(tokenizer, config, generation)
         self.sampling: dict[str, float] = {
             name: generation[name]
             for name in _SAMPLING
@@ -205,20 +205,29 @@ def load_prompt_tokenizer(model_dir: Path, *, limits: Limits | None = None) -> P
     """
     config = read_model_config(model_dir)
     tokenizer, fingerprint = load_fast_tokenizer(model_dir)
-    file = model_dir / "generation_config.json"
-    generation: Any = {}
-    if file.is_file():
-        try:
-            generation = json.loads(file.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ModelDirectoryError(
-                f"{file}: cannot be read ({error}); copy it from the model's page again"
-            ) from error
-    if not isinstance(generation, dict):
-        raise ModelDirectoryError(f"{file}: must hold a JSON object")
+    generation = read_generation_config(model_dir)
     return PromptTokenizer(
         model_dir, tokenizer, config, generation, fingerprint, limits or Limits()
     )
+
+
+def read_generation_config(model_dir: Path) -> dict[str, Any]:
+    """The directory's `generation_config.json`; empty where there is none.
+
+    Raises `ModelDirectoryError`.
+    """
+    file = model_dir / "generation_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        generation: Any = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelDirectoryError(
+            f"{file}: cannot be read ({error}); copy it from the model's page again"
+        ) from error
+    if not isinstance(generation, dict):
+        raise ModelDirectoryError(f"{file}: must hold a JSON object")
+    return generation
 
 
 def _context_length(config: Mapping[str, Any], where: Path) -> int:
@@ -232,9 +241,8 @@ def _context_length(config: Mapping[str, Any], where: Path) -> int:
     )
 
 
-def _stop_ids(
-    tokenizer: Any, config: Mapping[str, Any], generation: Mapping[str, Any]
-) -> list[int]:
+def stop_ids(tokenizer: Any, config: Mapping[str, Any], generation: Mapping[str, Any]) -> list[int]:
+    """The tokens that end a model's texts."""
     found: set[int] = set()
     text_config = config.get("text_config") or {}
     for value in (

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from miaotui.robustness.scripts import count_pieces
 from miaotui.text.alignment import IntArray
 from miaotui.text.characters import table
 from miaotui.text.cleaning import CLEANING_VERSION, TextOptions, clean
@@ -87,6 +88,27 @@ class TextTokenizer:
             self._forged[unknown_id] = False
         self._fingerprints: dict[TextOptions, str] = {}
         table()  # so that no request waits for it
+
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """The names of the special tokens that windows hold, by id."""
+        template = self.template
+        ids = np.concatenate((template.before, template.between, template.after))
+        return {int(token): str(self._backend.id_to_token(int(token))) for token in ids}
+
+    def unknown_share(self, *texts: TokenizedText) -> float:
+        """The share of the texts' tokens that the vocabulary lacks, 0 to 1."""
+        if self._unknown_id < 0:
+            return 0.0
+        unknown = sum(int(np.count_nonzero(t.input_ids == self._unknown_id)) for t in texts)
+        return unknown / max(1, sum(map(len, texts)))
+
+    def script_pieces(self) -> dict[str, int]:
+        """By script, pieces of the vocabulary that hold letters of it."""
+        pieces = self._backend.get_vocab(with_added_tokens=False)
+        if type(self._backend.decoder).__name__ == "ByteLevel":
+            return count_pieces(self._backend.decode_batch([[token] for token in pieces.values()]))
+        return count_pieces(list(pieces))
 
     def text_fingerprint(self, options: TextOptions) -> str:
         """Names this tokenizer and `options`: equal ones turn equal texts into equal tokens."""

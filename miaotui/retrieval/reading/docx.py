@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 from io import BytesIO
 from xml.etree import ElementTree
@@ -16,6 +17,10 @@ _W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 _FALLBACK = "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback"
 _DC = "{http://purl.org/dc/elements/1.1/}"
 _DOCUMENT, _STYLES, _CORE = "word/document.xml", "word/styles.xml", "docProps/core.xml"
+# What reading a zip file that is damaged, or encrypted, has been seen to raise.
+_DAMAGE = (
+    BadZipFile, ZlibError, struct.error, ValueError, KeyError, RuntimeError, EOFError, OSError,
+)  # fmt: skip
 _WHITE = {"tab": "\t", "br": "\n", "cr": "\n", "noBreakHyphen": "-"}
 
 
@@ -31,7 +36,9 @@ def read_docx(data: bytes, limits: Limits) -> Extracted:
                 for name in (_DOCUMENT, _STYLES, _CORE)
                 if name in names
             }
-    except (BadZipFile, ZlibError, NotImplementedError, RuntimeError, EOFError, OSError):
+    except UnreadableError:
+        raise
+    except _DAMAGE:
         raise UnreadableError("the file is damaged, encrypted, or not a .docx") from None
     builder = TextBuilder(limits)
     if _CORE in parts:

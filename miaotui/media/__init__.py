@@ -1,0 +1,1 @@
+"""Sound and pictures to what a model's encoder takes."""
