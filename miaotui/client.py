@@ -10,12 +10,13 @@ with Client("http://127.0.0.1:8080") as client:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
+from miaotui.questions import Answer, Candidate, Citation, InputWarning, Question
 from miaotui.streaming import (
     AsyncClosedOnExit,
     AsyncTextStream,
@@ -32,114 +33,39 @@ __all__ = [
     "Candidate",
     "Citation",
     "Client",
+    "InputWarning",
     "MiaotuiError",
     "Question",
     "TextStream",
 ]
 
 DEFAULT_URL = "http://127.0.0.1:8080"
+# Holds the API key where none is given.
+KEY_VARIABLE = "MIAOTUI_KEY"
 DEFAULT_TIMEOUT_SECONDS = 10.0
 DEFAULT_WRITING_SECONDS = 120.0
 # What the network may take beside the time that the gateway has.
 _NETWORK_SECONDS = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One candidate answer; offsets in code points, as Python counts: `context[start:end]`."""
-
-    text: str
-    start: int
-    end: int
-    score: float
-    logit: float
-
-
-@dataclass(frozen=True, slots=True)
-class Citation:
-    """What a written answer rests on; offsets as a candidate's."""
-
-    start: int
-    end: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The answer to one question; `timings` in milliseconds by hop.
-
-    `sentence` and `citations` are there in generative mode, `candidates` in extractive mode.
-    """
-
-    answerable: bool
-    candidates: tuple[Candidate, ...]
-    no_answer_score: float
-    model: str
-    model_fingerprint: str
-    cache: str
-    timings: Mapping[str, float]
-    trace_id: str
-    request_id: str
-    sentence: str = ""
-    citations: tuple[Citation, ...] = ()
-
-    @property
-    def best(self) -> Candidate | None:
-        """The best candidate, if the passage holds an answer."""
-        return self.candidates[0] if self.answerable and self.candidates else None
-
-    @property
-    def text(self) -> str:
-        """The best candidate's text, or the sentence; empty where there is no answer."""
-        if self.best is not None:
-            return self.best.text
-        return self.sentence if self.answerable else ""
-
-    @property
-    def start(self) -> int | None:
-        """First character of the best candidate."""
-        return self.best.start if self.best else None
-
-    @property
-    def end(self) -> int | None:
-        """One past the last character of the best candidate."""
-        return self.best.end if self.best else None
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question over a passage, for `ask_many`; see the API's QaRequest for the fields."""
-
-    question: str
-    context: str
-    top_k: int = 1
-    max_answer_length: int | None = None
-    no_answer_threshold: float | None = None
-    normalization: str = "nfc"
-    strip_markup: bool = False
-    no_cache: bool = False
-    mode: str = "extractive"
-
-    def body(self) -> dict[str, Any]:
-        """The JSON object of this question."""
-        fields = ((name, getattr(self, name)) for name in self.__slots__)
-        return {name: value for name, value in fields if value is not None}
-
-
 class _Requests:
     """What both clients share: how to ask, and how to read replies."""
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, timeout: float, key: str | None) -> None:
         self._url = url.rstrip("/")
         self._timeout = timeout
+        self._key = os.environ.get(KEY_VARIABLE, "") if key is None else key
 
     def _options(self) -> dict[str, Any]:
         # A proxy of the environment must not come between: the gateway is named outright.
+        headers = {"X-Request-Timeout": f"{self._timeout:g}"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
         return {
             "base_url": self._url,
             "timeout": self._timeout + _NETWORK_SECONDS,
             "trust_env": False,
-            "headers": {"X-Request-Timeout": f"{self._timeout:g}"},
+            "headers": headers,
         }
 
     @staticmethod
@@ -147,6 +73,19 @@ class _Requests:
         """The arguments of a request for streamed text."""
         return {
             "json": {**body, "stream": True, "stream_options": {"include_usage": True}},
+            "headers": {"X-Request-Timeout": f"{seconds:g}"},
+            "timeout": seconds + _NETWORK_SECONDS,
+        }
+
+    @staticmethod
+    def _sound(
+        data: bytes, seconds: float, translate: bool, fields: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The arguments of a request for a transcript."""
+        return {
+            "url": f"/v1/audio/{'translations' if translate else 'transcriptions'}",
+            "files": {"file": ("sound", data)},
+            "data": {name: value for name, value in fields.items() if value is not None},
             "headers": {"X-Request-Timeout": f"{seconds:g}"},
             "timeout": seconds + _NETWORK_SECONDS,
         }
@@ -168,6 +107,8 @@ def _answer(body: Mapping[str, Any]) -> Answer:
         request_id=body["request_id"],
         sentence=body.get("answer") or "",
         citations=tuple(Citation(**citation) for citation in body.get("citations", ())),
+        explanation=body.get("explanation"),
+        warnings=tuple(InputWarning(**warning) for warning in body.get("warnings", ())),
     )
 
 
@@ -197,6 +138,15 @@ def _json(response: httpx.Response) -> Any:
         return None
 
 
+def _transcript(response: httpx.Response) -> Any:
+    """What was written down: JSON as an object, all else as text. Raises `MiaotuiError`."""
+    if response.status_code != 200:
+        raise read_error(_json(response), response.status_code)
+    if response.headers.get("content-type", "").startswith("application/json"):
+        return response.json()
+    return response.text
+
+
 def _line(line: str) -> tuple[int, Answer | MiaotuiError]:
     body = json.loads(line)
     if "error" in body:
@@ -207,9 +157,17 @@ def _line(line: str) -> tuple[int, Answer | MiaotuiError]:
 class Client(_Requests, ClosedOnExit):
     """Blocks while it waits. Use as a context manager, or call `close`."""
 
-    def __init__(self, url: str = DEFAULT_URL, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
-        """`timeout`: seconds that an answer may take (for `ask_many`, each of them)."""
-        super().__init__(url, timeout)
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        timeout: float = DEFAULT_TIMEOUT_SECONDS,
+        key: str | None = None,
+    ) -> None:
+        """`timeout`: seconds that an answer may take (for `ask_many`, each of them).
+
+        `key`: an API key; `None`: the one in the environment variable MIAOTUI_KEY, if any.
+        """
+        super().__init__(url, timeout, key)
         self._http = httpx.Client(**self._options())
 
     def ask(self, question: str, context: str, **options: Any) -> Answer:
@@ -272,6 +230,25 @@ class Client(_Requests, ClosedOnExit):
             raise self._unreachable(error) from error
         return TextStream(response)
 
+    def transcribe(
+        self,
+        sound: bytes,
+        *,
+        timeout: float = DEFAULT_WRITING_SECONDS,
+        translate: bool = False,
+        **fields: Any,
+    ) -> Any:
+        """Writes down what is said in a sound file; `fields` as of /v1/audio/transcriptions.
+
+        `translate`: in English. The reply's JSON, or its text where `response_format` is "text",
+        "srt" or "vtt". `timeout` in seconds. Raises `MiaotuiError`.
+        """
+        try:
+            request = self._sound(sound, timeout, translate, fields)
+            return _transcript(self._http.post(**request))
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
     def models(self) -> list[dict[str, Any]]:
         """The models served. Raises `MiaotuiError`."""
         try:
@@ -288,9 +265,17 @@ class Client(_Requests, ClosedOnExit):
 class AsyncClient(_Requests, AsyncClosedOnExit):
     """The same for asyncio. Use as an async context manager, or call `close`."""
 
-    def __init__(self, url: str = DEFAULT_URL, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
-        """`timeout`: seconds that an answer may take (for `ask_many`, each of them)."""
-        super().__init__(url, timeout)
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        timeout: float = DEFAULT_TIMEOUT_SECONDS,
+        key: str | None = None,
+    ) -> None:
+        """`timeout`: seconds that an answer may take (for `ask_many`, each of them).
+
+        `key`: an API key; `None`: the one in the environment variable MIAOTUI_KEY, if any.
+        """
+        super().__init__(url, timeout, key)
         self._http = httpx.AsyncClient(**self._options())
 
     async def ask(self, question: str, context: str, **options: Any) -> Answer:
@@ -352,6 +337,25 @@ class AsyncClient(_Requests, AsyncClosedOnExit):
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
         return AsyncTextStream(response)
+
+    async def transcribe(
+        self,
+        sound: bytes,
+        *,
+        timeout: float = DEFAULT_WRITING_SECONDS,
+        translate: bool = False,
+        **fields: Any,
+    ) -> Any:
+        """Writes down what is said in a sound file; `fields` as of /v1/audio/transcriptions.
+
+        `translate`: in English. The reply's JSON, or its text where `response_format` is "text",
+        "srt" or "vtt". `timeout` in seconds. Raises `MiaotuiError`.
+        """
+        try:
+            request = self._sound(sound, timeout, translate, fields)
+            return _transcript(await self._http.post(**request))
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
 
     async def models(self) -> list[dict[str, Any]]:
         """The models served. Raises `MiaotuiError`."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -13,12 +11,16 @@ import typer
 from rich.console import Console
 
 from miaotui import __version__
-from miaotui.cli import write_command
+from miaotui.cli import up_command, write_command
 from miaotui.cli.asking import DEFAULT_URL
+from miaotui.cli.compress import register as register_compress
 from miaotui.cli.documents import DEFAULT_COLLECTION
 from miaotui.cli.documents import register as register_documents
+from miaotui.cli.keys import keys_app
+from miaotui.cli.media_commands import register as register_media
+from miaotui.cli.probe import register as register_probe
 from miaotui.cli.serving import serve_app
-from miaotui.cli.shared import Json, Url, fail, read_passage
+from miaotui.cli.shared import Json, Key, Url, fail, read_passage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,172 +57,7 @@ def _root(
     pass
 
 
-@app.command(
-    epilog="""[bold]Examples[/]
-
-  miaotui up --demo                     start everything, ask two questions, keep running
-
-  miaotui up --model ./bert --stages 4  another model, in four processes
-
-  miaotui up --generator ./qwen3        a model that writes, beside the one that answers
-
-  miaotui up --no-qa --generator ./llama --generator-stages 3
-
-  miaotui up --redis-url redis://127.0.0.1:6379/0
-
-  miaotui up --once --ask "How tall is it?" --context-file tower.txt"""
-)
-def up(
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="MIAOTUI_MODEL",
-            help="Hugging Face model directory; without it, the model that Miaotui brings. "
-            "none: as --no-qa.",
-            metavar="DIR",
-            show_default=False,
-        ),
-    ] = None,
-    stages: Annotated[
-        int, typer.Option("--stages", "-n", min=1, help="Processes to split the model over.")
-    ] = 2,
-    generator: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="MIAOTUI_GENERATOR",
-            help="Directory of a model that writes text (Llama, Qwen, Mistral, Gemma, GPT-2); "
-            "serves miaotui write and OpenAI's API.",
-            metavar="DIR",
-            show_default=False,
-        ),
-    ] = None,
-    generator_stages: Annotated[
-        int, typer.Option(min=1, help="Processes to split the generator over.")
-    ] = 2,
-    no_qa: Annotated[
-        bool, typer.Option("--no-qa", help="Start no model that finds answers; with --generator.")
-    ] = False,
-    layers: Annotated[
-        str,
-        typer.Option(help='Layers of each stage, such as "0-3,3-6"; otherwise planned by cost.'),
-    ] = "",
-    host: Annotated[
-        str, typer.Option(help="Where the APIs listen; 0.0.0.0: on every network.")
-    ] = "127.0.0.1",
-    http_port: Annotated[int, typer.Option(help="Of the HTTP API; 0: any free one.")] = 8080,
-    grpc_port: Annotated[int, typer.Option(help="Of the gRPC API; 0: any free one.")] = 50050,
-    tokenizer_port: Annotated[
-        int | None,
-        typer.Option(help="Of the tokenizer service; usually 50051.", show_default=False),
-    ] = None,
-    shard_port: Annotated[
-        int | None,
-        typer.Option(help="Of stage 0, the others follow; usually 50060.", show_default=False),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16; auto: what the hardware does well.")
-    ] = "auto",
-    wire_dtype: Annotated[
-        str, typer.Option(help="Of what travels between stages; auto: as computed.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    redis_url: Annotated[
-        str | None,
-        typer.Option(
-            envvar="REDIS_URL", help="Cache there; otherwise in memory.", show_default=False
-        ),
-    ] = None,
-    tls: Annotated[
-        bool,
-        typer.Option(
-            "--tls",
-            help="Mutual TLS between the services, with a certificate for this run only. "
-            "MIAOTUI_TLS_DIR takes one that is there.",
-        ),
-    ] = False,
-    documents: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="MIAOTUI_GATEWAY_DOCUMENTS",
-            help="Where the documents of `miaotui add` are kept; usually in your data folder.",
-            metavar="DIR",
-            show_default=False,
-        ),
-    ] = None,
-    demo: Annotated[
-        bool, typer.Option("--demo", help="Ask an English and a Chinese question once ready.")
-    ] = False,
-    ask: Annotated[
-        str | None,
-        typer.Option("--ask", help="Ask this question once ready.", metavar="QUESTION"),
-    ] = None,
-    context: Annotated[
-        str | None, typer.Option(help="The passage for --ask.", metavar="TEXT")
-    ] = None,
-    context_file: Annotated[
-        Path | None, typer.Option(help="A file with the passage for --ask.", metavar="FILE")
-    ] = None,
-    once: Annotated[
-        bool, typer.Option("--once", help="Stop when ready and the questions are answered.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show only the services' warnings and errors.")
-    ] = False,
-    log_level: Annotated[
-        str, typer.Option(help="Of the services: debug, info, warning, error.")
-    ] = "info",
-    ready_timeout: Annotated[
-        float, typer.Option(help="Seconds that the services may take to start.")
-    ] = 180.0,
-) -> None:
-    """Start all services on this machine and keep them running.
-
-    A tokenizer service and the stages of each model, and the gateway, run as separate
-    processes. One that dies is started again. Ctrl-C stops all of them.
-    """
-    from miaotui.cli.demo import DEMO, Asked
-    from miaotui.cli.layout import BUNDLED_MODEL, LayoutError, Wanted, lay_out
-    from miaotui.cli.up import Plan, run_up
-
-    questions = list(DEMO) if demo else []
-    if ask is not None:
-        questions.append(Asked(ask, read_passage(context, context_file, "--context-file")))
-    elif context is not None or context_file is not None:
-        fail("--context and --context-file need a question: --ask QUESTION", 2)
-    no_qa = no_qa or model == Path("none")
-    if no_qa and questions:
-        fail("--demo and --ask need a model that finds answers: leave --no-qa out", 2)
-    wanted = Wanted(
-        model=None if no_qa else model or BUNDLED_MODEL,
-        stages=stages,
-        generator=generator,
-        generator_stages=generator_stages,
-        host=host,
-        http_port=http_port,
-        grpc_port=grpc_port,
-        tokenizer_port=tokenizer_port,
-        shard_port=shard_port,
-        layers=layers,
-        dtype=dtype,
-        wire_dtype=wire_dtype,
-        device=device,
-        redis_url=redis_url,
-        documents=documents,
-        log_level=log_level,
-    )
-    try:
-        layout = lay_out(wanted)
-    except (LayoutError, OSError) as error:
-        fail(error, 2)
-    with tempfile.TemporaryDirectory(prefix="miaotui-tls-") as certificates:
-        if tls:
-            from services.rpc.certificates import make_certificates
-
-            make_certificates(Path(certificates))
-            # For the services, which inherit it, and for the probes of this process.
-            os.environ["MIAOTUI_TLS_DIR"] = certificates
-        code = run_up(layout, Plan(questions, once, quiet, ready_timeout), Console())
-    raise typer.Exit(code)
+app.command(epilog=up_command.EPILOG)(up_command.up)
 
 
 @app.command(
@@ -264,10 +101,14 @@ def ask(
     ] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
+    key: Key = "",
     grpc: Annotated[
         str | None,
         typer.Option(help="Ask over gRPC, at this address.", metavar="HOST:PORT"),
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", "-e", help="Show why: takes seconds, over HTTP only.")
+    ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait.")] = 30.0,
 ) -> None:
     """Ask a running Miaotui a question about a passage, or about your documents.
@@ -280,6 +121,8 @@ def ask(
 
     if collection is not None and (context is not None or file is not None or grpc):
         fail("--collection goes with neither --context, --file nor --grpc", 2)
+    if explain and grpc:
+        fail("--explain goes with --url, not with --grpc", 2)
     passage = ""
     if context is not None or file is not None or grpc:
         passage = read_passage(context, file, "--file")
@@ -289,7 +132,10 @@ def ask(
         )
         collection = None if passage.strip() else DEFAULT_COLLECTION
     asked = Asked(question, passage)
-    options = Options(top_k, max_answer_length, no_answer_threshold, no_cache, timeout, collection)
+    options = Options(
+        *(top_k, max_answer_length, no_answer_threshold, no_cache, timeout, collection, key),
+        explain=explain,
+    )
     try:
         reply = ask_grpc(grpc, asked, options) if grpc else ask_http(url, asked, options)
     except AskError as error:
@@ -313,7 +159,11 @@ def plan(
         str, typer.Option(help='Cost these layers instead of planning, such as "0-3,3-6".')
     ] = "",
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16; auto: what the hardware does well.")
+        str,
+        typer.Option(
+            help="float32, bfloat16 or float16; auto: bfloat16 on GPUs, float32 on CPUs; fast: "
+            "bfloat16 on CPUs too, where it is faster."
+        ),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     measure: Annotated[
@@ -340,13 +190,13 @@ def plan(
 
 
 @app.command()
-def models(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+def models(url: Url = DEFAULT_URL, key: Key = "", as_json: Json = False) -> None:
     """List the models that a running Miaotui serves."""
     from miaotui.cli.asking import AskError
     from miaotui.cli.status import fetch, show_models
 
     try:
-        found = fetch(url, "/v1/models")
+        found = fetch(url, "/v1/models", key)
     except AskError as error:
         fail(error)
     if as_json:
@@ -356,26 +206,30 @@ def models(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
 
 
 @app.command()
-def status(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
+def status(url: Url = DEFAULT_URL, key: Key = "", as_json: Json = False) -> None:
     """Show the stages of a running Miaotui and what they hold and do.
 
     The exit code is 0 where all models are ready.
     """
     from miaotui.cli.asking import AskError
-    from miaotui.cli.status import fetch, show_pipelines
+    from miaotui.cli.status import all_ready, fetch, show_pipelines
 
     try:
-        found = fetch(url, "/v1/pipeline")
+        found = fetch(url, "/v1/pipeline", key)
     except AskError as error:
         fail(error)
     if as_json:
         print(json.dumps(found, ensure_ascii=False, indent=2))
-        ready = all(one["ready"] for one in (found, *found["others"]))
+        ready = all_ready(found)
     else:
         ready = show_pipelines(Console(), found)
     raise typer.Exit(0 if ready else 1)
 
 
 app.command(epilog=write_command.EPILOG)(write_command.write)
+register_media(app)
 register_documents(app)
+register_probe(app)
+register_compress(app)
+app.add_typer(keys_app, name="keys")
 app.add_typer(serve_app, name="serve")

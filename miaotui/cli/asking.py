@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from miaotui.cli.demo import Asked
+from miaotui.cli.shared import headers_with
 
 DEFAULT_URL = "http://127.0.0.1:8080"
+# An explanation takes many forwards and backwards.
+_EXPLAIN_SECONDS = 65.0
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Options:
     timeout: float = 30.0
     collection: str | None = None
     """Documents to answer from, instead of the passage."""
+    key: str = ""
+    explain: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ def ask_http(url: str, asked: Asked, options: Options) -> Reply:
         "top_k": options.top_k,
         "no_cache": options.no_cache,
     }
+    if options.explain:
+        body["explain"] = True
     if options.collection is None:
         body["context"] = asked.context
     else:
@@ -55,14 +62,16 @@ def ask_http(url: str, asked: Asked, options: Options) -> Reply:
         body["no_answer_threshold"] = options.no_answer_threshold
     # The gateway is named outright: a proxy of the environment must not come between.
     base = url.rstrip("/")
-    with httpx.Client(timeout=options.timeout, trust_env=False) as client:
+    headers = headers_with(options.key)
+    seconds = max(options.timeout, _EXPLAIN_SECONDS) if options.explain else options.timeout
+    with httpx.Client(timeout=seconds, trust_env=False, headers=headers) as client:
         try:
             client.get(f"{base}/healthz")  # opens the connection, which is no part of the answer
             began = time.perf_counter()
             response = client.post(f"{base}/v1/qa", json=body)
             elapsed = (time.perf_counter() - began) * 1000
         except httpx.TimeoutException:
-            raise AskError(f"no answer from {url} within {options.timeout:.0f} s") from None
+            raise AskError(f"no answer from {url} within {seconds:.0f} s") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise AskError(unreachable(url, str(error), "--url")) from None
     if response.status_code != 200:
@@ -93,7 +102,8 @@ def ask_grpc(target: str, asked: Asked, options: Options) -> Reply:
         stub = gateway_pb2_grpc.GatewayServiceStub(channel)
         began = time.perf_counter()
         try:
-            response = stub.Answer(request, timeout=options.timeout)
+            metadata = (("authorization", f"Bearer {options.key}"),) if options.key else ()
+            response = stub.Answer(request, timeout=options.timeout, metadata=metadata)
         except grpc.RpcError as error:
             code, details = error.code().name, error.details()
             raise AskError(f"{target} answered {code}: {details}") from None

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from miaotui.cli.asking import DEFAULT_URL
+from miaotui.cli.shared import Key
 
 DEFAULT_COLLECTION = "default"
 
@@ -50,6 +51,7 @@ def add(
     ],
     collection: _Collection = DEFAULT_COLLECTION,
     url: _Url = DEFAULT_URL,
+    key: Key = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Add documents to a collection: txt, Markdown, HTML, PDF, docx; whole folders.
@@ -74,7 +76,9 @@ def add(
     try:
         with progress:
             bar = progress.add_task("", total=len(files))
-            add_files(url, collection, files, report, lambda count: progress.advance(bar, count))
+            add_files(
+                url, collection, files, report, lambda count: progress.advance(bar, count), key
+            )
     except AskError as error:
         _fail(error)
     if as_json:
@@ -89,6 +93,7 @@ def add(
 def list_documents(
     collection: _Collection = DEFAULT_COLLECTION,
     url: _Url = DEFAULT_URL,
+    key: Key = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the documents of a collection, by source."""
@@ -96,7 +101,7 @@ def list_documents(
     from miaotui.cli.uploading import all_documents, show_documents
 
     try:
-        found = all_documents(url, collection)
+        found = all_documents(url, collection, key)
     except AskError as error:
         _fail(error)
     if as_json:
@@ -117,6 +122,7 @@ def delete(
     ],
     collection: _Collection = DEFAULT_COLLECTION,
     url: _Url = DEFAULT_URL,
+    key: Key = "",
 ) -> None:
     """Remove documents from a collection."""
     from miaotui.cli.asking import AskError
@@ -124,7 +130,7 @@ def delete(
 
     for wanted in documents:
         try:
-            source = delete_document(url, collection, wanted)
+            source = delete_document(url, collection, wanted, key)
         except AskError as error:
             _fail(error)
         Console().print(f"removed {source}", markup=False, highlight=False)

@@ -43,6 +43,8 @@ class Planned:
     stages: tuple[Row, ...]
     # "extractive" or "generative".
     kind: str = "extractive"
+    # Of an encoder-decoder model: so many of its layers, the first ones, are the encoder's.
+    encoder_layers: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -79,6 +81,7 @@ def make_plan(
         partition.balance,
         rows,
         model_kind(directory),
+        partition.encoder_layers,
     )
 
 
@@ -97,10 +100,15 @@ def show_plan(console: Console, plan: Planned) -> None:
         extras = ["+ embeddings"] if row.stage == 0 else []
         extras += [f"+ {head}"] if row.stage == last else []
         count = row.end_layer - row.first_layer
+        held = str(count)
+        if plan.encoder_layers:
+            encoder = max(0, min(row.end_layer, plan.encoder_layers) - row.first_layer)
+            sides = ((encoder, "encoder"), (count - encoder, "decoder"))
+            held = " + ".join(f"{layers} {side}" for layers, side in sides if layers)
         table.add_row(
             str(row.stage),
             f"{row.first_layer}–{row.end_layer - 1}" if count > 1 else str(row.first_layer),
-            " ".join([str(count), *extras]),
+            " ".join([held, *extras]),
             f"{row.parameters:,}",
             f"{row.bytes / 1e6:,.1f} MB",
             f"{row.cost * 1e3:.2f} ms" if plan.cost_unit == "s" else f"{row.cost / 1e9:.2f} GFLOP",

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from miaotui.cli.asking import Reply
 from miaotui.cli.demo import Asked
+from miaotui.cli.why import show_warnings, show_why
 
 _SENTENCE_END = re.compile(r"[.!?](?=\s)|[。！？\n]")
 # A "sentence" may be a whole page of text without a full stop.
@@ -41,6 +42,10 @@ def show_reply(console: Console, asked: Asked, reply: Reply) -> None:
         if "source" in answer:
             parts.append(Padding(_source(answer), (0, 0, 0, 3)))
     console.print(Group(*parts), highlight=False)
+    show_warnings(console, body.get("warnings", []))
+    if why := body.get("explanation"):
+        passage = body["passages"][why["passage"]]["text"] if "passages" in body else asked.context
+        show_why(console, why, asked.question, passage)
     console.print(Padding(_timings(body, reply.milliseconds), (1, 0, 0, 3)))
     console.print(
         f"   model {body['model']} ({body['model_fingerprint'][:12]}), cache {body['cache']}, "

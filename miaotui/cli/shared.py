@@ -16,6 +16,23 @@ Url = Annotated[
     typer.Option("--url", envvar="MIAOTUI_URL", help="The gateway's address.", metavar="URL"),
 ]
 
+Key = Annotated[
+    str,
+    typer.Option(
+        "--key",
+        envvar="MIAOTUI_KEY",
+        help="Your API key, where the gateway asks for one; better in MIAOTUI_KEY, because "
+        "everybody on a machine can see its commands.",
+        metavar="KEY",
+        show_default=False,
+    ),
+]
+
+
+def headers_with(key: str) -> dict[str, str]:
+    """The headers of a request with this key; without, where it is empty."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
 
 def fail(error: object, code: int = 1) -> NoReturn:
     """Prints an error and ends the command."""

@@ -7,21 +7,31 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from miaotui.cli.asking import AskError
+from miaotui.cli.asking import AskError, problem_text
+from miaotui.cli.shared import headers_with
 
-_DOES = {"extractive": "finds answers", "generative": "writes text"}
+_DOES = {
+    "extractive": "finds answers",
+    "generative": "writes text",
+    "transcribing": "writes down what is said",
+    "captioning": "describes pictures",
+    "embedding": "finds documents by meaning",
+}
 
 
-def fetch(url: str, path: str) -> Any:
+def fetch(url: str, path: str, key: str = "") -> Any:
     """The JSON under a path of the gateway. Raises `AskError`."""
     import httpx
 
     try:
-        response = httpx.get(f"{url.rstrip('/')}{path}", timeout=5.0, trust_env=False)
+        response = httpx.get(
+            f"{url.rstrip('/')}{path}", timeout=5.0, trust_env=False, headers=headers_with(key)
+        )
         response.raise_for_status()
         return response.json()
     except httpx.HTTPStatusError as error:
-        raise AskError(f"{url}{path} answered {error.response.status_code}") from None
+        status, content = error.response.status_code, error.response.content
+        raise AskError(problem_text(f"{url}{path}", status, content)) from None
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise AskError(
             f"cannot reach a gateway at {url} ({error}). Start one with `miaotui up`, "
@@ -49,13 +59,20 @@ def show_models(console: Console, models: list[dict[str, Any]]) -> None:
 
 
 def show_pipelines(console: Console, pipeline: dict[str, Any]) -> bool:
-    """A table of the stages of each model, and what they are doing. Whether all are ready."""
+    """A table of the stages of each model, and what they are doing. Whether all that answer are
+    ready."""
     pipelines = [pipeline, *pipeline["others"]]
     for index, one in enumerate(pipelines):
         if index:
             console.print()
         _show(console, one)
-    return all(one["ready"] for one in pipelines)
+    return all_ready(pipeline)
+
+
+def all_ready(pipeline: dict[str, Any]) -> bool:
+    """Whether all models that answer are ready, which they are without the encoder, too."""
+    pipelines = [pipeline, *pipeline["others"]]
+    return all(one["ready"] for one in pipelines if one["kind"] != "embedding")
 
 
 def _show(console: Console, pipeline: dict[str, Any]) -> None:
@@ -69,7 +86,7 @@ def _show(console: Console, pipeline: dict[str, Any]) -> None:
         console.print(_stages(pipeline), highlight=False)
     what = "windows" if pipeline["kind"] == "extractive" else "texts"
     done = f"{pipeline['tokens_total']:,} tokens done"
-    if what == "windows":
+    if pipeline["kind"] in ("extractive", "embedding"):
         done = f"{pipeline['sequences_total']:,} ({pipeline['tokens_total']:,} tokens) done"
     console.print(
         f"{pipeline['queued_sequences']} {what} wait, {pipeline['running_sequences']} are in the "

@@ -37,6 +37,8 @@ class Service:
     probe: Probe
     # Services stop in the order of this number; equal ones together.
     stop_order: int
+    # Whether nothing goes without it; otherwise nothing waits for it at the start.
+    needed: bool = True
 
 
 class StartError(Exception):
@@ -119,7 +121,7 @@ class Supervisor:
         return all(child.ready for child in self._children)
 
     async def start(self, timeout: float) -> None:
-        """Starts all services and returns when all are ready.
+        """Starts all services and returns when all that are needed are ready.
 
         Raises `StartError` when one cannot start or is not ready within `timeout` seconds.
         """
@@ -128,7 +130,7 @@ class Supervisor:
         self._watch = asyncio.create_task(self._probe_forever())
         began = time.monotonic()
         with self._output.console.status("") as status:
-            while waiting := [child for child in self._children if not child.ready]:
+            while waiting := [c for c in self._children if c.service.needed and not c.ready]:
                 if self.failed.done():
                     self.failed.result()
                 if time.monotonic() - began > timeout:
@@ -179,11 +181,11 @@ class Supervisor:
             child.failures += 1
             if not child.was_ready:
                 if code == CONFIGURATION_ERROR:
-                    self._fail(self._death(name, "is not configured correctly and stopped"))
+                    self._give_up(child, "is not configured correctly and stopped")
                     return
                 if child.failures >= _START_ATTEMPTS:
                     problem = f"failed to start {child.failures} times ({describe_exit(code)})"
-                    self._fail(self._death(name, problem))
+                    self._give_up(child, problem)
                     return
             pause = min(_FIRST_BACKOFF * 2 ** (child.failures - 1), _LONGEST_BACKOFF)
             self._output.say(f"{name} {describe_exit(code)}; restarted in {pause:.1f} s", "red")
@@ -210,8 +212,15 @@ class Supervisor:
         child.ready = health.ready
         child.was_ready |= health.ready
         child.reason = health.reason
-        if health.hopeless and not child.was_ready:
+        if health.hopeless and not child.was_ready and child.service.needed:
             self._fail(f"{name} refuses to serve: {health.reason}")
+
+    def _give_up(self, child: _Child, problem: str) -> None:
+        message = self._death(child.service.name, problem)
+        if child.service.needed:
+            self._fail(message)
+        else:
+            self._output.say(f"{message}\nAll else goes on without it.", "red")
 
     def _death(self, name: str, problem: str) -> str:
         lines = "\n".join(f"    {line}" for line in self._output.tail(name, 12))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
@@ -65,9 +66,10 @@ async def _work(supervisor: Supervisor, layout: Layout, plan: Plan, output: Outp
     names = ", ".join(service.name for service in layout.services)
     output.say(f"starting {names}")
     await supervisor.start(plan.ready_timeout)
+    options = Options(key=os.environ.get("MIAOTUI_KEY", ""))
     for asked in plan.questions:
         output.console.print()
-        reply = await asyncio.to_thread(ask_http, layout.url, asked, Options())
+        reply = await asyncio.to_thread(ask_http, layout.url, asked, options)
         show_reply(output.console, asked, reply)
     if plan.once:
         return 0
@@ -79,6 +81,11 @@ async def _work(supervisor: Supervisor, layout: Layout, plan: Plan, output: Outp
         output.say(f'ask            miaotui ask "…" --file PASSAGE.txt --url {layout.url}', "green")
     if layout.writes:
         output.say(f'write          miaotui write "…" --url {layout.url}', "green")
+    if layout.hears:
+        output.say(f"transcribe     miaotui transcribe FILE --url {layout.url}", "green")
+    if layout.sees:
+        output.say(f"describe       miaotui describe FILE --url {layout.url}", "green")
+    if layout.writes or layout.hears or layout.sees:
         output.say(f"OpenAI's API   {layout.url}/v1", "green")
     output.say("Ctrl-C stops everything", "green")
     await supervisor.failed

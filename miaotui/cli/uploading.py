@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from miaotui.cli.asking import AskError, problem_text, unreachable
+from miaotui.cli.shared import headers_with
 
 SUFFIXES = (
     *(".txt", ".text", ".log", ".rst", ".md", ".markdown"),
@@ -75,11 +76,12 @@ def add_files(
     files: Sequence[Path],
     report: Report,
     done: Callable[[int], None],
+    key: str = "",
 ) -> None:
     """Sends the files; `done` is told of each group's size. Raises `AskError`."""
     import httpx
 
-    with _client(url) as client:
+    with _client(url, key) as client:
         for group in _groups(files):
             with ExitStack() as opened:
                 parts = []
@@ -145,28 +147,29 @@ def show_report(console: Console, report: Report, collection: str) -> None:
             console.print(f"  {path}: {reason}", markup=False, highlight=False)
 
 
-def all_documents(url: str, collection: str) -> list[dict[str, Any]]:
+def all_documents(url: str, collection: str, key: str = "") -> list[dict[str, Any]]:
     """The collection's documents, by source. Raises `AskError`."""
     documents: list[dict[str, Any]] = []
     after = ""
     while True:
         query = {"collection": collection, "limit": 1000, **({"after": after} if after else {})}
-        page = _call(url, "GET", "/v1/documents", query).json()
+        page = _call(url, "GET", "/v1/documents", query, key).json()
         documents += page["documents"]
         after = page["next"]
         if not after:
             return documents
 
 
-def delete_document(url: str, collection: str, wanted: str) -> str:
+def delete_document(url: str, collection: str, wanted: str, key: str = "") -> str:
     """Removes the document with this id or source; returns its source. Raises `AskError`."""
-    matching = [d for d in all_documents(url, collection) if wanted in (d["id"], d["source"])]
+    matching = [d for d in all_documents(url, collection, key) if wanted in (d["id"], d["source"])]
     if not matching:
         path = Path(wanted).resolve().as_posix()
-        matching = [d for d in all_documents(url, collection) if d["source"] == path]
+        matching = [d for d in all_documents(url, collection, key) if d["source"] == path]
     if not matching:
         raise AskError(f"the collection {collection} holds no document {wanted}")
-    _call(url, "DELETE", f"/v1/documents/{matching[0]['id']}", {"collection": collection})
+    identifier = matching[0]["id"]
+    _call(url, "DELETE", f"/v1/documents/{identifier}", {"collection": collection}, key)
     return str(matching[0]["source"])
 
 
@@ -187,10 +190,10 @@ def show_documents(console: Console, documents: Sequence[dict[str, Any]]) -> Non
     console.print(table)
 
 
-def _call(url: str, method: str, path: str, query: dict[str, Any]) -> Any:
+def _call(url: str, method: str, path: str, query: dict[str, Any], key: str) -> Any:
     import httpx
 
-    with _client(url) as client:
+    with _client(url, key) as client:
         try:
             response = client.request(method, path, params=query)
         except httpx.HTTPError as error:
@@ -200,7 +203,12 @@ def _call(url: str, method: str, path: str, query: dict[str, Any]) -> Any:
     return response
 
 
-def _client(url: str) -> Any:
+def _client(url: str, key: str) -> Any:
     import httpx
 
-    return httpx.Client(base_url=url.rstrip("/"), timeout=_TIMEOUT_SECONDS, trust_env=False)
+    return httpx.Client(
+        base_url=url.rstrip("/"),
+        timeout=_TIMEOUT_SECONDS,
+        trust_env=False,
+        headers=headers_with(key),
+    )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from miaotui.cli.asking import DEFAULT_URL
-from miaotui.cli.shared import Json, Url, fail, read_passage
+from miaotui.cli.shared import Json, Key, Url, fail, read_passage
 
 EPILOG = """[bold]Examples[/]
 
@@ -16,7 +16,9 @@ EPILOG = """[bold]Examples[/]
 
   miaotui write "Once upon a time" --raw --max-tokens 80 --temperature 0.8
 
-  miaotui write "Translate into Chinese." --file letter.txt"""
+  miaotui write --scenario translate --to zh --file letter.txt
+
+  miaotui write --scenario summarise --file article.txt"""
 
 
 def write(
@@ -33,6 +35,24 @@ def write(
     system: Annotated[
         str | None,
         typer.Option("--system", "-s", help="How to write, for a chat model.", show_default=False),
+    ] = None,
+    scenario: Annotated[
+        str | None,
+        typer.Option(
+            "--scenario",
+            help="A ready prompt: answer, chat, summarise, translate or write.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            help="With --scenario translate: the language, such as zh or French.",
+            metavar="LANGUAGE",
+            show_default=False,
+        ),
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")
@@ -54,6 +74,7 @@ def write(
     ] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
+    key: Key = "",
     timeout: Annotated[float, typer.Option(help="Seconds to wait for all of it.")] = 300.0,
 ) -> None:
     """Let a running Miaotui write, and show the text as it comes.
@@ -67,7 +88,13 @@ def write(
     parts = [prompt or "", read_passage(None, file, "--file") if file is not None else ""]
     if raw and system is not None:
         fail("--system is for chats; with --raw, write it into the prompt", 2)
+    if raw and (scenario is not None or to is not None):
+        fail("--scenario and --to are for chats; with --raw, write it into the prompt", 2)
+    if to is not None and scenario != "translate":
+        fail("--to goes with --scenario translate", 2)
     options = {
+        "scenario": scenario,
+        "to": to,
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_p": top_p,
@@ -75,7 +102,7 @@ def write(
         "stop": stop or None,
     }
     asked = Asking("\n\n".join(part for part in parts if part), system, raw, options, timeout)
-    problem, code = run_write(url, asked, as_json=as_json)
+    problem, code = run_write(url, asked, as_json=as_json, key=key)
     if problem:
         fail(problem, code)
     raise typer.Exit(code)

@@ -29,12 +29,12 @@ class Asking:
     timeout: float
 
 
-def run_write(url: str, asked: Asking, *, as_json: bool) -> tuple[str, int]:
+def run_write(url: str, asked: Asking, *, as_json: bool, key: str = "") -> tuple[str, int]:
     """Writes to standard output; returns what went wrong (empty: nothing) and an exit code."""
     began = time.perf_counter()
     first: float | None = None
     try:
-        with Client(url) as client, _stream(client, asked) as stream:
+        with Client(url, key=key) as client, _stream(client, asked) as stream:
             for piece in stream:
                 first = first or time.perf_counter()
                 if not as_json:

@@ -22,55 +22,58 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from miaotui.v1 import explain_pb2 as miaotui_dot_v1_dot_explain__pb2
 from miaotui.v1 import shard_pb2 as miaotui_dot_v1_dot_shard__pb2
 from miaotui.v1 import tokenizer_pb2 as miaotui_dot_v1_dot_tokenizer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18miaotui/v1/gateway.proto\x12\nmiaotui.v1\x1a\x16miaotui/v1/shard.proto\x1a\x1amiaotui/v1/tokenizer.proto\"\xeb\x01\n\rAnswerRequest\x12\x10\n\x08question\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x02 \x01(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x19\n\x11max_answer_length\x18\x04 \x01(\r\x12 \n\x13no_answer_threshold\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12-\n\x0ctext_options\x18\x06 \x01(\x0b\x32\x17.miaotui.v1.TextOptions\x12\x10\n\x08no_cache\x18\x07 \x01(\x08\x12\x12\n\ngenerative\x18\x08 \x01(\x08\x42\x16\n\x14_no_answer_threshold\"4\n\x08\x43itation\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\"P\n\x06\x41nswer\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0b\n\x03\x65nd\x18\x03 \x01(\r\x12\r\n\x05score\x18\x04 \x01(\x02\x12\r\n\x05logit\x18\x05 \x01(\x02\".\n\tHopTiming\x12\x0b\n\x03hop\x18\x01 \x01(\t\x12\x14\n\x0cmilliseconds\x18\x02 \x01(\x02\"\xbb\x02\n\x0e\x41nswerResponse\x12\x12\n\nanswerable\x18\x01 \x01(\x08\x12#\n\x07\x61nswers\x18\x02 \x03(\x0b\x32\x12.miaotui.v1.Answer\x12\x17\n\x0fno_answer_score\x18\x03 \x01(\x02\x12\r\n\x05model\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12&\n\x05\x63\x61\x63he\x18\x06 \x01(\x0e\x32\x17.miaotui.v1.CacheStatus\x12&\n\x07timings\x18\x07 \x03(\x0b\x32\x15.miaotui.v1.HopTiming\x12\x10\n\x08trace_id\x18\x08 \x01(\t\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x0e\n\x06\x61nswer\x18\n \x01(\t\x12\'\n\tcitations\x18\x0b \x03(\x0b\x32\x14.miaotui.v1.Citation\"A\n\x12\x41nswerBatchRequest\x12+\n\x08requests\x18\x01 \x03(\x0b\x32\x19.miaotui.v1.AnswerRequest\",\n\x0b\x41nswerError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x89\x01\n\x13\x41nswerBatchResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12.\n\x08response\x18\x02 \x01(\x0b\x32\x1a.miaotui.v1.AnswerResponseH\x00\x12(\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x17.miaotui.v1.AnswerErrorH\x00\x42\t\n\x07outcome\"\x13\n\x11ListModelsRequest\"\xa6\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x0e\n\x06stages\x18\x04 \x01(\r\x12\x0e\n\x06layers\x18\x05 \x01(\r\x12\x12\n\nmax_length\x18\x06 \x01(\r\x12\r\n\x05ready\x18\x07 \x01(\x08\x12#\n\x04kind\x18\x08 \x01(\x0e\x32\x15.miaotui.v1.ModelKind\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.miaotui.v1.Model\"\x8b\x01\n\x0cWriteOptions\x12,\n\x08sampling\x18\x01 \x01(\x0b\x32\x1a.miaotui.v1.SamplingParams\x12\x0e\n\x06seeded\x18\x02 \x01(\x08\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\t\n\x01n\x18\x04 \x01(\r\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x10\n\x08no_cache\x18\x06 \x01(\x08\"A\n\x0bWrittenText\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\"\x8a\x01\n\x0cWriteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12&\n\x06tokens\x18\x03 \x01(\x0b\x32\x14.miaotui.v1.TokenIdsH\x00\x12)\n\x07options\x18\x04 \x01(\x0b\x32\x18.miaotui.v1.WriteOptionsB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"c\n\rWriteResponse\x12&\n\x05texts\x18\x01 \x03(\x0b\x32\x17.miaotui.v1.WrittenText\x12*\n\x05usage\x18\x02 \x01(\x0b\x32\x1b.miaotui.v1.GenerationUsage\"m\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x16.miaotui.v1.ChatPrompt\x12)\n\x07options\x18\x03 \x01(\x0b\x32\x18.miaotui.v1.WriteOptions\"b\n\x0c\x43hatResponse\x12&\n\x05texts\x18\x01 \x03(\x0b\x32\x17.miaotui.v1.WrittenText\x12*\n\x05usage\x18\x02 \x01(\x0b\x32\x1b.miaotui.v1.GenerationUsage*\x8a\x01\n\x0b\x43\x61\x63heStatus\x12\x1c\n\x18\x43\x41\x43HE_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43\x41\x43HE_STATUS_MISS\x10\x01\x12\x14\n\x10\x43\x41\x43HE_STATUS_HIT\x10\x02\x12\x17\n\x13\x43\x41\x43HE_STATUS_SHARED\x10\x03\x12\x17\n\x13\x43\x41\x43HE_STATUS_BYPASS\x10\x04\x32\xed\x02\n\x0eGatewayService\x12?\n\x06\x41nswer\x12\x19.miaotui.v1.AnswerRequest\x1a\x1a.miaotui.v1.AnswerResponse\x12P\n\x0b\x41nswerBatch\x12\x1e.miaotui.v1.AnswerBatchRequest\x1a\x1f.miaotui.v1.AnswerBatchResponse0\x01\x12>\n\x05Write\x12\x18.miaotui.v1.WriteRequest\x1a\x19.miaotui.v1.WriteResponse0\x01\x12;\n\x04\x43hat\x12\x17.miaotui.v1.ChatRequest\x1a\x18.miaotui.v1.ChatResponse0\x01\x12K\n\nListModels\x12\x1d.miaotui.v1.ListModelsRequest\x1a\x1e.miaotui.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18miaotui/v1/gateway.proto\x12\nmiaotui.v1\x1a\x18miaotui/v1/explain.proto\x1a\x16miaotui/v1/shard.proto\x1a\x1amiaotui/v1/tokenizer.proto\"\xfc\x01\n\rAnswerRequest\x12\x10\n\x08question\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x02 \x01(\t\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x19\n\x11max_answer_length\x18\x04 \x01(\r\x12 \n\x13no_answer_threshold\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12-\n\x0ctext_options\x18\x06 \x01(\x0b\x32\x17.miaotui.v1.TextOptions\x12\x10\n\x08no_cache\x18\x07 \x01(\x08\x12\x12\n\ngenerative\x18\x08 \x01(\x08\x12\x0f\n\x07\x65xplain\x18\t \x01(\x08\x42\x16\n\x14_no_answer_threshold\"<\n\x0cInputWarning\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x02\"4\n\x08\x43itation\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\"P\n\x06\x41nswer\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0b\n\x03\x65nd\x18\x03 \x01(\r\x12\r\n\x05score\x18\x04 \x01(\x02\x12\r\n\x05logit\x18\x05 \x01(\x02\".\n\tHopTiming\x12\x0b\n\x03hop\x18\x01 \x01(\t\x12\x14\n\x0cmilliseconds\x18\x02 \x01(\x02\"\x95\x03\n\x0e\x41nswerResponse\x12\x12\n\nanswerable\x18\x01 \x01(\x08\x12#\n\x07\x61nswers\x18\x02 \x03(\x0b\x32\x12.miaotui.v1.Answer\x12\x17\n\x0fno_answer_score\x18\x03 \x01(\x02\x12\r\n\x05model\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12&\n\x05\x63\x61\x63he\x18\x06 \x01(\x0e\x32\x17.miaotui.v1.CacheStatus\x12&\n\x07timings\x18\x07 \x03(\x0b\x32\x15.miaotui.v1.HopTiming\x12\x10\n\x08trace_id\x18\x08 \x01(\t\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x0e\n\x06\x61nswer\x18\n \x01(\t\x12\'\n\tcitations\x18\x0b \x03(\x0b\x32\x14.miaotui.v1.Citation\x12,\n\x0b\x65xplanation\x18\x0c \x01(\x0b\x32\x17.miaotui.v1.Explanation\x12*\n\x08warnings\x18\r \x03(\x0b\x32\x18.miaotui.v1.InputWarning\"A\n\x12\x41nswerBatchRequest\x12+\n\x08requests\x18\x01 \x03(\x0b\x32\x19.miaotui.v1.AnswerRequest\",\n\x0b\x41nswerError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x89\x01\n\x13\x41nswerBatchResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12.\n\x08response\x18\x02 \x01(\x0b\x32\x1a.miaotui.v1.AnswerResponseH\x00\x12(\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x17.miaotui.v1.AnswerErrorH\x00\x42\t\n\x07outcome\"\x13\n\x11ListModelsRequest\"\xa6\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x0e\n\x06stages\x18\x04 \x01(\r\x12\x0e\n\x06layers\x18\x05 \x01(\r\x12\x12\n\nmax_length\x18\x06 \x01(\r\x12\r\n\x05ready\x18\x07 \x01(\x08\x12#\n\x04kind\x18\x08 \x01(\x0e\x32\x15.miaotui.v1.ModelKind\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.miaotui.v1.Model\"\x8b\x01\n\x0cWriteOptions\x12,\n\x08sampling\x18\x01 \x01(\x0b\x32\x1a.miaotui.v1.SamplingParams\x12\x0e\n\x06seeded\x18\x02 \x01(\x08\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\t\n\x01n\x18\x04 \x01(\r\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x10\n\x08no_cache\x18\x06 \x01(\x08\"A\n\x0bWrittenText\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\"\x8a\x01\n\x0cWriteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12&\n\x06tokens\x18\x03 \x01(\x0b\x32\x14.miaotui.v1.TokenIdsH\x00\x12)\n\x07options\x18\x04 \x01(\x0b\x32\x18.miaotui.v1.WriteOptionsB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"c\n\rWriteResponse\x12&\n\x05texts\x18\x01 \x03(\x0b\x32\x17.miaotui.v1.WrittenText\x12*\n\x05usage\x18\x02 \x01(\x0b\x32\x1b.miaotui.v1.GenerationUsage\"m\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x16.miaotui.v1.ChatPrompt\x12)\n\x07options\x18\x03 \x01(\x0b\x32\x18.miaotui.v1.WriteOptions\"b\n\x0c\x43hatResponse\x12&\n\x05texts\x18\x01 \x03(\x0b\x32\x17.miaotui.v1.WrittenText\x12*\n\x05usage\x18\x02 \x01(\x0b\x32\x1b.miaotui.v1.GenerationUsage*\x8a\x01\n\x0b\x43\x61\x63heStatus\x12\x1c\n\x18\x43\x41\x43HE_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43\x41\x43HE_STATUS_MISS\x10\x01\x12\x14\n\x10\x43\x41\x43HE_STATUS_HIT\x10\x02\x12\x17\n\x13\x43\x41\x43HE_STATUS_SHARED\x10\x03\x12\x17\n\x13\x43\x41\x43HE_STATUS_BYPASS\x10\x04\x32\xed\x02\n\x0eGatewayService\x12?\n\x06\x41nswer\x12\x19.miaotui.v1.AnswerRequest\x1a\x1a.miaotui.v1.AnswerResponse\x12P\n\x0b\x41nswerBatch\x12\x1e.miaotui.v1.AnswerBatchRequest\x1a\x1f.miaotui.v1.AnswerBatchResponse0\x01\x12>\n\x05Write\x12\x18.miaotui.v1.WriteRequest\x1a\x19.miaotui.v1.WriteResponse0\x01\x12;\n\x04\x43hat\x12\x17.miaotui.v1.ChatRequest\x1a\x18.miaotui.v1.ChatResponse0\x01\x12K\n\nListModels\x12\x1d.miaotui.v1.ListModelsRequest\x1a\x1e.miaotui.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'miaotui.v1.gateway_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CACHESTATUS']._serialized_start=2020
-  _globals['_CACHESTATUS']._serialized_end=2158
-  _globals['_ANSWERREQUEST']._serialized_start=93
-  _globals['_ANSWERREQUEST']._serialized_end=328
-  _globals['_CITATION']._serialized_start=330
-  _globals['_CITATION']._serialized_end=382
-  _globals['_ANSWER']._serialized_start=384
-  _globals['_ANSWER']._serialized_end=464
-  _globals['_HOPTIMING']._serialized_start=466
-  _globals['_HOPTIMING']._serialized_end=512
-  _globals['_ANSWERRESPONSE']._serialized_start=515
-  _globals['_ANSWERRESPONSE']._serialized_end=830
-  _globals['_ANSWERBATCHREQUEST']._serialized_start=832
-  _globals['_ANSWERBATCHREQUEST']._serialized_end=897
-  _globals['_ANSWERERROR']._serialized_start=899
-  _globals['_ANSWERERROR']._serialized_end=943
-  _globals['_ANSWERBATCHRESPONSE']._serialized_start=946
-  _globals['_ANSWERBATCHRESPONSE']._serialized_end=1083
-  _globals['_LISTMODELSREQUEST']._serialized_start=1085
-  _globals['_LISTMODELSREQUEST']._serialized_end=1104
-  _globals['_MODEL']._serialized_start=1107
-  _globals['_MODEL']._serialized_end=1273
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1275
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1330
-  _globals['_WRITEOPTIONS']._serialized_start=1333
-  _globals['_WRITEOPTIONS']._serialized_end=1472
-  _globals['_WRITTENTEXT']._serialized_start=1474
-  _globals['_WRITTENTEXT']._serialized_end=1539
-  _globals['_WRITEREQUEST']._serialized_start=1542
-  _globals['_WRITEREQUEST']._serialized_end=1680
-  _globals['_TOKENIDS']._serialized_start=1682
-  _globals['_TOKENIDS']._serialized_end=1705
-  _globals['_WRITERESPONSE']._serialized_start=1707
-  _globals['_WRITERESPONSE']._serialized_end=1806
-  _globals['_CHATREQUEST']._serialized_start=1808
-  _globals['_CHATREQUEST']._serialized_end=1917
-  _globals['_CHATRESPONSE']._serialized_start=1919
-  _globals['_CHATRESPONSE']._serialized_end=2017
-  _globals['_GATEWAYSERVICE']._serialized_start=2161
-  _globals['_GATEWAYSERVICE']._serialized_end=2526
+  _globals['_CACHESTATUS']._serialized_start=2215
+  _globals['_CACHESTATUS']._serialized_end=2353
+  _globals['_ANSWERREQUEST']._serialized_start=119
+  _globals['_ANSWERREQUEST']._serialized_end=371
+  _globals['_INPUTWARNING']._serialized_start=373
+  _globals['_INPUTWARNING']._serialized_end=433
+  _globals['_CITATION']._serialized_start=435
+  _globals['_CITATION']._serialized_end=487
+  _globals['_ANSWER']._serialized_start=489
+  _globals['_ANSWER']._serialized_end=569
+  _globals['_HOPTIMING']._serialized_start=571
+  _globals['_HOPTIMING']._serialized_end=617
+  _globals['_ANSWERRESPONSE']._serialized_start=620
+  _globals['_ANSWERRESPONSE']._serialized_end=1025
+  _globals['_ANSWERBATCHREQUEST']._serialized_start=1027
+  _globals['_ANSWERBATCHREQUEST']._serialized_end=1092
+  _globals['_ANSWERERROR']._serialized_start=1094
+  _globals['_ANSWERERROR']._serialized_end=1138
+  _globals['_ANSWERBATCHRESPONSE']._serialized_start=1141
+  _globals['_ANSWERBATCHRESPONSE']._serialized_end=1278
+  _globals['_LISTMODELSREQUEST']._serialized_start=1280
+  _globals['_LISTMODELSREQUEST']._serialized_end=1299
+  _globals['_MODEL']._serialized_start=1302
+  _globals['_MODEL']._serialized_end=1468
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1470
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1525
+  _globals['_WRITEOPTIONS']._serialized_start=1528
+  _globals['_WRITEOPTIONS']._serialized_end=1667
+  _globals['_WRITTENTEXT']._serialized_start=1669
+  _globals['_WRITTENTEXT']._serialized_end=1734
+  _globals['_WRITEREQUEST']._serialized_start=1737
+  _globals['_WRITEREQUEST']._serialized_end=1875
+  _globals['_TOKENIDS']._serialized_start=1877
+  _globals['_TOKENIDS']._serialized_end=1900
+  _globals['_WRITERESPONSE']._serialized_start=1902
+  _globals['_WRITERESPONSE']._serialized_end=2001
+  _globals['_CHATREQUEST']._serialized_start=2003
+  _globals['_CHATREQUEST']._serialized_end=2112
+  _globals['_CHATRESPONSE']._serialized_start=2114
+  _globals['_CHATRESPONSE']._serialized_end=2212
+  _globals['_GATEWAYSERVICE']._serialized_start=2356
+  _globals['_GATEWAYSERVICE']._serialized_end=2721
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from miaotui.v1 import explain_pb2 as _explain_pb2
 from miaotui.v1 import shard_pb2 as _shard_pb2
 from miaotui.v1 import tokenizer_pb2 as _tokenizer_pb2
 import builtins as _builtins
@@ -67,6 +68,7 @@ class AnswerRequest(_message.Message):
     TEXT_OPTIONS_FIELD_NUMBER: _builtins.int
     NO_CACHE_FIELD_NUMBER: _builtins.int
     GENERATIVE_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
     question: _builtins.str
     """The question."""
     context: _builtins.str
@@ -83,6 +85,8 @@ class AnswerRequest(_message.Message):
     """Neither read nor write the answer cache."""
     generative: _builtins.bool
     """Answer in a full sentence, with citations, instead of by a span of the passage."""
+    explain: _builtins.bool
+    """Explain the answer; not together with `generative`."""
     @_builtins.property
     def text_options(self) -> _tokenizer_pb2.TextOptions:
         """How the text is cleaned."""
@@ -98,16 +102,47 @@ class AnswerRequest(_message.Message):
         text_options: _tokenizer_pb2.TextOptions | None = ...,
         no_cache: _builtins.bool = ...,
         generative: _builtins.bool = ...,
+        explain: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_no_answer_threshold", b"_no_answer_threshold", "no_answer_threshold", b"no_answer_threshold", "text_options", b"text_options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_no_answer_threshold", b"_no_answer_threshold", "context", b"context", "generative", b"generative", "max_answer_length", b"max_answer_length", "no_answer_threshold", b"no_answer_threshold", "no_cache", b"no_cache", "question", b"question", "text_options", b"text_options", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_no_answer_threshold", b"_no_answer_threshold", "context", b"context", "explain", b"explain", "generative", b"generative", "max_answer_length", b"max_answer_length", "no_answer_threshold", b"no_answer_threshold", "no_cache", b"no_cache", "question", b"question", "text_options", b"text_options", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__no_answer_threshold: _TypeAlias = _typing.Literal["no_answer_threshold"]  # noqa: Y015
     _WhichOneofArgType__no_answer_threshold: _TypeAlias = _typing.Literal["_no_answer_threshold", b"_no_answer_threshold"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__no_answer_threshold) -> _WhichOneofReturnType__no_answer_threshold | None: ...
 
 Global___AnswerRequest: _TypeAlias = AnswerRequest  # noqa: Y015
+
+@_typing.final
+class InputWarning(_message.Message):
+    """Something about the input that makes answers less certain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """What, in one word, such as "homoglyphs"."""
+    message: _builtins.str
+    """What that means."""
+    score: _builtins.float
+    """How much of it there is, 0 to 1."""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        message: _builtins.str = ...,
+        score: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "message", b"message", "score", b"score"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InputWarning: _TypeAlias = InputWarning  # noqa: Y015
 
 @_typing.final
 class Citation(_message.Message):
@@ -220,6 +255,8 @@ class AnswerResponse(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ANSWER_FIELD_NUMBER: _builtins.int
     CITATIONS_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     answerable: _builtins.bool
     """Whether the passage holds an answer, by the threshold."""
     no_answer_score: _builtins.float
@@ -248,6 +285,14 @@ class AnswerResponse(_message.Message):
     def citations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Citation]:
         """Generative: what the answer rests on, in the passage's order."""
 
+    @_builtins.property
+    def explanation(self) -> _explain_pb2.Explanation:
+        """Why, where asked for."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedCompositeFieldContainer[Global___InputWarning]:
+        """What is unusual about question or passage."""
+
     def __init__(
         self,
         *,
@@ -262,10 +307,12 @@ class AnswerResponse(_message.Message):
         request_id: _builtins.str = ...,
         answer: _builtins.str = ...,
         citations: _abc.Iterable[Global___Citation] | None = ...,
+        explanation: _explain_pb2.Explanation | None = ...,
+        warnings: _abc.Iterable[Global___InputWarning] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "answerable", b"answerable", "answers", b"answers", "cache", b"cache", "citations", b"citations", "model", b"model", "model_fingerprint", b"model_fingerprint", "no_answer_score", b"no_answer_score", "request_id", b"request_id", "timings", b"timings", "trace_id", b"trace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "answerable", b"answerable", "answers", b"answers", "cache", b"cache", "citations", b"citations", "explanation", b"explanation", "model", b"model", "model_fingerprint", b"model_fingerprint", "no_answer_score", b"no_answer_score", "request_id", b"request_id", "timings", b"timings", "trace_id", b"trace_id", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,6 +24,30 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _InputModality:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _InputModalityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InputModality.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    INPUT_MODALITY_UNSPECIFIED: _InputModality.ValueType  # 0
+    """Nothing."""
+    INPUT_MODALITY_AUDIO: _InputModality.ValueType  # 1
+    """Features of a stretch of sound."""
+    INPUT_MODALITY_IMAGE: _InputModality.ValueType  # 2
+    """A picture's pixels."""
+
+class InputModality(_InputModality, metaclass=_InputModalityEnumTypeWrapper):
+    """What a model reads beside token ids."""
+
+INPUT_MODALITY_UNSPECIFIED: InputModality.ValueType  # 0
+"""Nothing."""
+INPUT_MODALITY_AUDIO: InputModality.ValueType  # 1
+"""Features of a stretch of sound."""
+INPUT_MODALITY_IMAGE: InputModality.ValueType  # 2
+"""A picture's pixels."""
+Global___InputModality: _TypeAlias = InputModality  # noqa: Y015
+
 class _ModelKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -36,6 +60,8 @@ class _ModelKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelKind.V
     """Finds spans: Infer."""
     MODEL_KIND_GENERATIVE: _ModelKind.ValueType  # 2
     """Writes tokens: Generate."""
+    MODEL_KIND_EMBEDDING: _ModelKind.ValueType  # 3
+    """Turns texts into vectors: Infer."""
 
 class ModelKind(_ModelKind, metaclass=_ModelKindEnumTypeWrapper):
     """What a model does."""
@@ -46,6 +72,8 @@ MODEL_KIND_EXTRACTIVE: ModelKind.ValueType  # 1
 """Finds spans: Infer."""
 MODEL_KIND_GENERATIVE: ModelKind.ValueType  # 2
 """Writes tokens: Generate."""
+MODEL_KIND_EMBEDDING: ModelKind.ValueType  # 3
+"""Turns texts into vectors: Infer."""
 Global___ModelKind: _TypeAlias = ModelKind  # noqa: Y015
 
 class _StageStatus:
@@ -131,6 +159,11 @@ class StageInfo(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_FIELD_NUMBER: _builtins.int
     KV_BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    INPUT_MODALITY_FIELD_NUMBER: _builtins.int
+    INPUT_SHAPE_FIELD_NUMBER: _builtins.int
+    ENCODER_LAYERS_FIELD_NUMBER: _builtins.int
+    SOURCE_ROWS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this stream protocol."""
     index: _builtins.int
@@ -173,6 +206,22 @@ class StageInfo(_message.Message):
     """Decoders: KV blocks that this stage has room for; a pipeline has as many as the poorest."""
     kv_block_tokens: _builtins.int
     """Decoders: tokens in a KV block."""
+    instance: _builtins.str
+    """Names this process: another one behind the same address has another."""
+    input_modality: Global___InputModality.ValueType
+    """What the model's encoder listens to or looks at: `GenerateRequest.features`."""
+    encoder_layers: _builtins.int
+    """Of an encoder-decoder model: so many of its layers, the first ones, are the encoder's."""
+    source_rows: _builtins.int
+    """Of an encoder-decoder model: rows of activations that the encoder makes of one input. Their
+    keys and values take as much room in the KV cache as so many tokens.
+    """
+    @_builtins.property
+    def input_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The shape that features must have: of sound [mel bins, frames], of pictures [channels,
+        height, width]; empty: the model takes none.
+        """
+
     def __init__(
         self,
         *,
@@ -197,10 +246,15 @@ class StageInfo(_message.Message):
         kind: Global___ModelKind.ValueType = ...,
         kv_blocks: _builtins.int = ...,
         kv_block_tokens: _builtins.int = ...,
+        instance: _builtins.str = ...,
+        input_modality: Global___InputModality.ValueType = ...,
+        input_shape: _abc.Iterable[_builtins.int] | None = ...,
+        encoder_layers: _builtins.int = ...,
+        source_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "compute_dtype", b"compute_dtype", "device", b"device", "end_layer", b"end_layer", "first_layer", b"first_layer", "hidden_size", b"hidden_size", "index", b"index", "kind", b"kind", "kv_block_tokens", b"kv_block_tokens", "kv_blocks", b"kv_blocks", "max_sequence_length", b"max_sequence_length", "model_fingerprint", b"model_fingerprint", "model_layers", b"model_layers", "model_name", b"model_name", "model_parameter_bytes", b"model_parameter_bytes", "model_type", b"model_type", "parameter_bytes", b"parameter_bytes", "protocol_version", b"protocol_version", "stages", b"stages", "vocab_size", b"vocab_size", "wire_dtype", b"wire_dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "compute_dtype", b"compute_dtype", "device", b"device", "encoder_layers", b"encoder_layers", "end_layer", b"end_layer", "first_layer", b"first_layer", "hidden_size", b"hidden_size", "index", b"index", "input_modality", b"input_modality", "input_shape", b"input_shape", "instance", b"instance", "kind", b"kind", "kv_block_tokens", b"kv_block_tokens", "kv_blocks", b"kv_blocks", "max_sequence_length", b"max_sequence_length", "model_fingerprint", b"model_fingerprint", "model_layers", b"model_layers", "model_name", b"model_name", "model_parameter_bytes", b"model_parameter_bytes", "model_type", b"model_type", "parameter_bytes", b"parameter_bytes", "protocol_version", b"protocol_version", "source_rows", b"source_rows", "stages", b"stages", "vocab_size", b"vocab_size", "wire_dtype", b"wire_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -240,6 +294,11 @@ class ShardServiceDescribeResponse(_message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_USED_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_CACHED_FIELD_NUMBER: _builtins.int
+    BATCHES_TOTAL_FIELD_NUMBER: _builtins.int
+    COMPUTE_MICROS_TOTAL_FIELD_NUMBER: _builtins.int
+    WRITTEN_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
+    LINK_MICROS_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
     status: Global___StageStatus.ValueType
     """Whether it serves."""
     reason: _builtins.str
@@ -258,6 +317,16 @@ class ShardServiceDescribeResponse(_message.Message):
     """Stage 0 of a decoder: KV blocks that running sequences hold."""
     kv_blocks_cached: _builtins.int
     """Stage 0 of a decoder: KV blocks that nobody holds, kept for requests that begin alike."""
+    batches_total: _builtins.int
+    """Batches computed since start."""
+    compute_micros_total: _builtins.int
+    """Time spent computing since start, in microseconds."""
+    written_tokens_total: _builtins.int
+    """Stage 0 of a decoder: tokens written since start."""
+    link_micros: _builtins.int
+    """To the next stage: half of the shortest time of late from a batch's sending to its
+    credit, in microseconds; 0: not measured yet.
+    """
     @_builtins.property
     def stage(self) -> Global___StageInfo:
         """Who it is."""
@@ -265,6 +334,10 @@ class ShardServiceDescribeResponse(_message.Message):
     @_builtins.property
     def pipeline(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageInfo]:
         """Stage 0: all verified stages, in order."""
+
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageReplica]:
+        """Stage 0: the replicas of the later stages, as it sees them."""
 
     def __init__(
         self,
@@ -280,14 +353,66 @@ class ShardServiceDescribeResponse(_message.Message):
         resident_bytes: _builtins.int = ...,
         kv_blocks_used: _builtins.int = ...,
         kv_blocks_cached: _builtins.int = ...,
+        batches_total: _builtins.int = ...,
+        compute_micros_total: _builtins.int = ...,
+        written_tokens_total: _builtins.int = ...,
+        link_micros: _builtins.int = ...,
+        replicas: _abc.Iterable[Global___StageReplica] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stage", b"stage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_blocks_cached", b"kv_blocks_cached", "kv_blocks_used", b"kv_blocks_used", "pipeline", b"pipeline", "queued_sequences", b"queued_sequences", "reason", b"reason", "resident_bytes", b"resident_bytes", "running_sequences", b"running_sequences", "sequences_total", b"sequences_total", "stage", b"stage", "status", b"status", "tokens_total", b"tokens_total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches_total", b"batches_total", "compute_micros_total", b"compute_micros_total", "kv_blocks_cached", b"kv_blocks_cached", "kv_blocks_used", b"kv_blocks_used", "link_micros", b"link_micros", "pipeline", b"pipeline", "queued_sequences", b"queued_sequences", "reason", b"reason", "replicas", b"replicas", "resident_bytes", b"resident_bytes", "running_sequences", b"running_sequences", "sequences_total", b"sequences_total", "stage", b"stage", "status", b"status", "tokens_total", b"tokens_total", "written_tokens_total", b"written_tokens_total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ShardServiceDescribeResponse: _TypeAlias = ShardServiceDescribeResponse  # noqa: Y015
+
+@_typing.final
+class StageReplica(_message.Message):
+    """A replica of a later stage, as one stage 0 sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    LANES_FIELD_NUMBER: _builtins.int
+    TOLD_FIELD_NUMBER: _builtins.int
+    stage: _builtins.int
+    """Index of the stage."""
+    address: _builtins.str
+    """host:port."""
+    status: Global___StageStatus.ValueType
+    """STAGE_STATUS_SERVING: this stage 0 sends work to it; STAGE_STATUS_MISMATCHED: it belongs to
+    another model or release; STAGE_STATUS_DRAINING: it shuts down; STAGE_STATUS_WAITING:
+    another reason.
+    """
+    reason: _builtins.str
+    """Why no work is sent to it; empty where it is."""
+    lanes: _builtins.int
+    """Lanes of this stage 0 that lead through it."""
+    @_builtins.property
+    def told(self) -> Global___ShardServiceDescribeResponse:
+        """What it last told of itself; absent: nothing yet."""
+
+    def __init__(
+        self,
+        *,
+        stage: _builtins.int = ...,
+        address: _builtins.str = ...,
+        status: Global___StageStatus.ValueType = ...,
+        reason: _builtins.str = ...,
+        lanes: _builtins.int = ...,
+        told: Global___ShardServiceDescribeResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["told", b"told"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "lanes", b"lanes", "reason", b"reason", "stage", b"stage", "status", b"status", "told", b"told"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageReplica: _TypeAlias = StageReplica  # noqa: Y015
 
 @_typing.final
 class TokenSequence(_message.Message):
@@ -409,29 +534,35 @@ Global___StageTiming: _TypeAlias = StageTiming  # noqa: Y015
 
 @_typing.final
 class InferResponse(_message.Message):
-    """Logits in the order of the request's sequences."""
+    """Results in the order of the request's sequences."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LOGITS_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def logits(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpanLogits]:
-        """One a sequence."""
+        """Extractive: one a sequence."""
 
     @_builtins.property
     def timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTiming]:
         """Per stage, the slowest sequence's."""
+
+    @_builtins.property
+    def embeddings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Embedding: one a sequence, little-endian float32 [hidden_size] of length 1."""
 
     def __init__(
         self,
         *,
         logits: _abc.Iterable[Global___SpanLogits] | None = ...,
         timings: _abc.Iterable[Global___StageTiming] | None = ...,
+        embeddings: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logits", b"logits", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings", "logits", b"logits", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -607,6 +738,9 @@ class GenerateRequest(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Identifies the request at every stage."""
     input_ids: _builtins.bytes
@@ -619,6 +753,10 @@ class GenerateRequest(_message.Message):
     """Most tokens guessed ahead from the prompt (prompt-lookup decoding) a step; absent: the
     server's default; 0: none. The text is the same whatever this says.
     """
+    cache_salt: _builtins.bytes
+    """Only requests of equal salt share keys and values of a beginning that they have in common
+    (prefix cache): what one tenant asked does not show in another's times. At most 64 bytes.
+    """
     @_builtins.property
     def sampling(self) -> Global___SamplingParams:
         """How tokens are chosen."""
@@ -626,6 +764,18 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens that end the text; the one that did is the last that is sent."""
+
+    @_builtins.property
+    def resumed(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResumedText]:
+        """Resumes a request that another stage 0 began: what it wrote, one entry a text. The answer
+        goes on after it, and the texts are the same as if nothing had happened.
+        """
+
+    @_builtins.property
+    def features(self) -> Global___Features:
+        """What the encoder of an encoder-decoder model reads; the prompt then begins the text. Absent
+        where `StageInfo.input_shape` is empty; anything else is INVALID_ARGUMENT.
+        """
 
     def __init__(
         self,
@@ -637,16 +787,73 @@ class GenerateRequest(_message.Message):
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         n: _builtins.int = ...,
         draft_tokens: _builtins.int | None = ...,
+        resumed: _abc.Iterable[Global___ResumedText] | None = ...,
+        features: Global___Features | None = ...,
+        cache_salt: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_draft_tokens", b"_draft_tokens", "draft_tokens", b"draft_tokens", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_draft_tokens", b"_draft_tokens", "draft_tokens", b"draft_tokens", "features", b"features", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_draft_tokens", b"_draft_tokens", "draft_tokens", b"draft_tokens", "input_ids", b"input_ids", "max_tokens", b"max_tokens", "n", b"n", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_draft_tokens", b"_draft_tokens", "cache_salt", b"cache_salt", "draft_tokens", b"draft_tokens", "features", b"features", "input_ids", b"input_ids", "max_tokens", b"max_tokens", "n", b"n", "request_id", b"request_id", "resumed", b"resumed", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__draft_tokens: _TypeAlias = _typing.Literal["draft_tokens"]  # noqa: Y015
     _WhichOneofArgType__draft_tokens: _TypeAlias = _typing.Literal["_draft_tokens", b"_draft_tokens"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__draft_tokens) -> _WhichOneofReturnType__draft_tokens | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Features(_message.Message):
+    """What a model's own feature extractor or image processor makes of a sound or a picture."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The tensor's bytes."""
+    @_builtins.property
+    def header(self) -> _tensor_pb2.TensorHeader:
+        """DTYPE_FLOAT32, of the shape `StageInfo.input_shape`."""
+
+    def __init__(
+        self,
+        *,
+        header: _tensor_pb2.TensorHeader | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "header", b"header"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Features: _TypeAlias = Features  # noqa: Y015
+
+@_typing.final
+class ResumedText(_message.Message):
+    """What was written of a text before its request was resumed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    token_ids: _builtins.bytes
+    """Little-endian int32, one a token."""
+    ended: _builtins.bool
+    """Nothing follows."""
+    def __init__(
+        self,
+        *,
+        token_ids: _builtins.bytes = ...,
+        ended: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumedText: _TypeAlias = ResumedText  # noqa: Y015
 
 @_typing.final
 class TokenLogprob(_message.Message):
@@ -968,18 +1175,38 @@ class Hello(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CHAIN_FIELD_NUMBER: _builtins.int
+    LANE_FIELD_NUMBER: _builtins.int
+    ROUTE_FIELD_NUMBER: _builtins.int
+    LANES_FIELD_NUMBER: _builtins.int
+    lane: _builtins.str
+    """Names the lane, a way through one replica of each stage and back to stage 0. It has a
+    stream of its own on every link, and ends as a whole where one of them does.
+    """
     @_builtins.property
     def chain(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageInfo]:
         """The stages up to and including the sender, from stage 0 on, all verified."""
+
+    @_builtins.property
+    def route(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """host:port of stage 1, stage 2, … of the lane, which stage 0 has chosen. Empty: each stage's
+        own list says.
+        """
+
+    @_builtins.property
+    def lanes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The lanes that this stage 0 has now; what a stage holds of its others is void."""
 
     def __init__(
         self,
         *,
         chain: _abc.Iterable[Global___StageInfo] | None = ...,
+        lane: _builtins.str = ...,
+        route: _abc.Iterable[_builtins.str] | None = ...,
+        lanes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain", "lane", b"lane", "lanes", b"lanes", "route", b"route"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1047,6 +1274,7 @@ class DecodeSlice(_message.Message):
     SAMPLES_FIELD_NUMBER: _builtins.int
     DRAFT_FIELD_NUMBER: _builtins.int
     BEGIN_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """Names the sequence for as long as it computes; unique for stage 0's lifetime. A sequence
     that starts again (preemption, a stage's restart) gets a new id.
@@ -1054,13 +1282,19 @@ class DecodeSlice(_message.Message):
     start: _builtins.int
     """Position in the sequence of the first of its tokens in this batch."""
     blocks: _builtins.bytes
-    """The sequence's KV block table, little-endian int32, from its first token to its last."""
+    """The sequence's KV block table, little-endian int32, from its first token to its last; of an
+    encoder-decoder model, before them the blocks of `StageInfo.source_rows`.
+    """
     samples: _builtins.int
     """At so many of its last positions in this batch, a token is sampled: 0 while more of the
     prompt follows, 1 in plain decoding, 1 + the number of `draft` tokens when they are verified.
     """
     draft: _builtins.bytes
     """The tokens guessed ahead, little-endian int32: the slice's last tokens."""
+    tokens: _builtins.bytes
+    """Encoder-decoder models: the slice's tokens, the draft's included, little-endian int32. They
+    are embedded by the stage with the decoder's first layer.
+    """
     @_builtins.property
     def begin(self) -> Global___SequenceStart:
         """On a sequence's first slice only."""
@@ -1074,10 +1308,11 @@ class DecodeSlice(_message.Message):
         samples: _builtins.int = ...,
         draft: _builtins.bytes = ...,
         begin: Global___SequenceStart | None = ...,
+        tokens: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "blocks", b"blocks", "draft", b"draft", "samples", b"samples", "sequence_id", b"sequence_id", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "blocks", b"blocks", "draft", b"draft", "samples", b"samples", "sequence_id", b"sequence_id", "start", b"start", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1187,7 +1422,10 @@ Global___DroppedSequence: _TypeAlias = DroppedSequence  # noqa: Y015
 
 @_typing.final
 class Batch(_message.Message):
-    """Sequences laid end to end, without padding: `hidden` is [tokens, hidden_size]."""
+    """Sequences laid end to end, without padding: `hidden` is [tokens, hidden_size]. Of an
+    encoder-decoder model: [source_rows, hidden_size] for each sequence that begins, then, once the
+    tokens are embedded, [tokens, hidden_size]; rows narrower than that end with zeros.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1299,7 +1537,9 @@ Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
 class Results(_message.Message):
-    """A batch's results. Extractive: `logits` is float32 [tokens, 2] (start, end)."""
+    """A batch's results. Extractive: `logits` is float32 [tokens, 2] (start, end); embedding:
+    float32 [sequences, hidden_size].
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1362,6 +1602,7 @@ class ForwardResponse(_message.Message):
     WELCOME_FIELD_NUMBER: _builtins.int
     CREDIT_FIELD_NUMBER: _builtins.int
     REJECT_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """Answer to Hello."""
@@ -1374,22 +1615,49 @@ class ForwardResponse(_message.Message):
     def reject(self) -> Global___Reject:
         """A batch was not taken."""
 
+    @_builtins.property
+    def draining(self) -> Global___Draining:
+        """A stage of the lane shuts down."""
+
     def __init__(
         self,
         *,
         welcome: Global___Welcome | None = ...,
         credit: Global___Credit | None = ...,
         reject: Global___Reject | None = ...,
+        draining: Global___Draining | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "frame", b"frame", "reject", b"reject", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "draining", b"draining", "frame", b"frame", "reject", b"reject", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "frame", b"frame", "reject", b"reject", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "draining", b"draining", "frame", b"frame", "reject", b"reject", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["welcome", "credit", "reject"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["welcome", "credit", "reject", "draining"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
 Global___ForwardResponse: _TypeAlias = ForwardResponse  # noqa: Y015
+
+@_typing.final
+class Draining(_message.Message):
+    """A stage of the lane shuts down: it finishes what it has, and waits for stage 0 to leave."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """host:port of that stage."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Draining: _TypeAlias = Draining  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):

@@ -79,7 +79,7 @@ class ShardServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Infer(self, request, context):
-        """Span logits of token sequences. Stage 0 only (elsewhere
+        """Span logits, or vectors, of token sequences. Stage 0 only (elsewhere
         FAILED_PRECONDITION). RESOURCE_EXHAUSTED: the queue is full, nothing was
         done, try again later. UNAVAILABLE: the pipeline is not complete. The call's
         deadline and cancellation hold at every stage.

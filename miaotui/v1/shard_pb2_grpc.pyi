@@ -39,7 +39,7 @@ class ShardServiceStub:
     Describe: _grpc.UnaryUnaryMultiCallable[_shard_pb2.ShardServiceDescribeRequest, _shard_pb2.ShardServiceDescribeResponse]
     """Who this stage is, what it holds and whether it serves."""
     Infer: _grpc.UnaryUnaryMultiCallable[_shard_pb2.InferRequest, _shard_pb2.InferResponse]
-    """Span logits of token sequences. Stage 0 only (elsewhere
+    """Span logits, or vectors, of token sequences. Stage 0 only (elsewhere
     FAILED_PRECONDITION). RESOURCE_EXHAUSTED: the queue is full, nothing was
     done, try again later. UNAVAILABLE: the pipeline is not complete. The call's
     deadline and cancellation hold at every stage.
@@ -68,7 +68,7 @@ class ShardServiceAsyncStub(ShardServiceStub):
     Describe: _aio.UnaryUnaryMultiCallable[_shard_pb2.ShardServiceDescribeRequest, _shard_pb2.ShardServiceDescribeResponse]  # type: ignore[assignment]
     """Who this stage is, what it holds and whether it serves."""
     Infer: _aio.UnaryUnaryMultiCallable[_shard_pb2.InferRequest, _shard_pb2.InferResponse]  # type: ignore[assignment]
-    """Span logits of token sequences. Stage 0 only (elsewhere
+    """Span logits, or vectors, of token sequences. Stage 0 only (elsewhere
     FAILED_PRECONDITION). RESOURCE_EXHAUSTED: the queue is full, nothing was
     done, try again later. UNAVAILABLE: the pipeline is not complete. The call's
     deadline and cancellation hold at every stage.
@@ -106,7 +106,7 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _shard_pb2.InferRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_shard_pb2.InferResponse, _abc.Awaitable[_shard_pb2.InferResponse]]:
-        """Span logits of token sequences. Stage 0 only (elsewhere
+        """Span logits, or vectors, of token sequences. Stage 0 only (elsewhere
         FAILED_PRECONDITION). RESOURCE_EXHAUSTED: the queue is full, nothing was
         done, try again later. UNAVAILABLE: the pipeline is not complete. The call's
         deadline and cancellation hold at every stage.

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17miaotui/v1/tensor.proto\x12\nmiaotui.v1\"?\n\x0cTensorHeader\x12 \n\x05\x64type\x18\x01 \x01(\x0e\x32\x11.miaotui.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\x03*X\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17miaotui/v1/tensor.proto\x12\nmiaotui.v1\"?\n\x0cTensorHeader\x12 \n\x05\x64type\x18\x01 \x01(\x0e\x32\x11.miaotui.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\x03*h\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x0e\n\nDTYPE_INT8\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'miaotui.v1.tensor_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DTYPE']._serialized_start=104
-  _globals['_DTYPE']._serialized_end=192
+  _globals['_DTYPE']._serialized_end=208
   _globals['_TENSORHEADER']._serialized_start=39
   _globals['_TENSORHEADER']._serialized_end=102
 # @@protoc_insertion_point(module_scope)

@@ -33,6 +33,10 @@ class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType
     """IEEE 754 binary16, 2 bytes an element."""
     DTYPE_BFLOAT16: _Dtype.ValueType  # 3
     """bfloat16 (the upper half of binary32), 2 bytes an element."""
+    DTYPE_INT8: _Dtype.ValueType  # 4
+    """Of tensors [rows, columns], on the wire only: a signed byte an element, from -127 to 127, then
+    a float32 scale a row, which the row's bytes are multiplied by.
+    """
 
 class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
     """Element type of a tensor on the wire. Every element is little-endian."""
@@ -45,14 +49,18 @@ DTYPE_FLOAT16: Dtype.ValueType  # 2
 """IEEE 754 binary16, 2 bytes an element."""
 DTYPE_BFLOAT16: Dtype.ValueType  # 3
 """bfloat16 (the upper half of binary32), 2 bytes an element."""
+DTYPE_INT8: Dtype.ValueType  # 4
+"""Of tensors [rows, columns], on the wire only: a signed byte an element, from -127 to 127, then
+a float32 scale a row, which the row's bytes are multiplied by.
+"""
 Global___Dtype: _TypeAlias = Dtype  # noqa: Y015
 
 @_typing.final
 class TensorHeader(_message.Message):
     """What a receiver must know to read a tensor's bytes. The bytes themselves
     travel beside the header (see ForwardRequest.payload), in row-major order and
-    without padding: product(shape) * sizeof(dtype) of them, or the message is
-    refused.
+    without padding: product(shape) * sizeof(dtype) of them (DTYPE_INT8: and 4 a
+    row), or the message is refused.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

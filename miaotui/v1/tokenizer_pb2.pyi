@@ -196,6 +196,26 @@ class TokenizerServiceDescribeResponse(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class ScriptsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
@@ -207,6 +227,8 @@ class TokenizerServiceDescribeResponse(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     NO_ANSWER_THRESHOLDS_FIELD_NUMBER: _builtins.int
+    SCRIPTS_FIELD_NUMBER: _builtins.int
+    MEDIA_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     """Fingerprint of the model directory, equal to the one that the shards report."""
     tokenizer_fingerprint: _builtins.str
@@ -237,6 +259,14 @@ class TokenizerServiceDescribeResponse(_message.Message):
         best span's where there is an answer, as training has calibrated it; empty: it has not.
         """
 
+    @_builtins.property
+    def scripts(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Extractive: by script ("Latin", "Han", …), pieces of the vocabulary that hold letters of it."""
+
+    @_builtins.property
+    def media(self) -> Global___MediaInput:
+        """Decoders whose encoder hears or sees: what it takes. Absent: the model reads text only."""
+
     def __init__(
         self,
         *,
@@ -251,14 +281,86 @@ class TokenizerServiceDescribeResponse(_message.Message):
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: Global___SamplingDefaults | None = ...,
         no_answer_thresholds: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        scripts: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        media: Global___MediaInput | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["media", b"media", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "has_chat_template", b"has_chat_template", "kind", b"kind", "max_length", b"max_length", "model_fingerprint", b"model_fingerprint", "no_answer_thresholds", b"no_answer_thresholds", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "stride", b"stride", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "has_chat_template", b"has_chat_template", "kind", b"kind", "max_length", b"max_length", "media", b"media", "model_fingerprint", b"model_fingerprint", "no_answer_thresholds", b"no_answer_thresholds", "sampling", b"sampling", "scripts", b"scripts", "stop_token_ids", b"stop_token_ids", "stride", b"stride", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TokenizerServiceDescribeResponse: _TypeAlias = TokenizerServiceDescribeResponse  # noqa: Y015
+
+@_typing.final
+class MediaInput(_message.Message):
+    """What a model's encoder is given."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODALITY_FIELD_NUMBER: _builtins.int
+    WINDOW_SECONDS_FIELD_NUMBER: _builtins.int
+    MAX_FILE_BYTES_FIELD_NUMBER: _builtins.int
+    LANGUAGES_FIELD_NUMBER: _builtins.int
+    ADVISED_TOKENS_FIELD_NUMBER: _builtins.int
+    modality: _shard_pb2.InputModality.ValueType
+    """Sound or pictures."""
+    window_seconds: _builtins.float
+    """Sound: seconds of the longest window."""
+    max_file_bytes: _builtins.int
+    """Bytes of the largest file."""
+    advised_tokens: _builtins.int
+    """Most tokens that the makers advise for a text."""
+    @_builtins.property
+    def languages(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpokenLanguage]:
+        """Sound: the languages that the model tells apart; empty: it knows English only."""
+
+    def __init__(
+        self,
+        *,
+        modality: _shard_pb2.InputModality.ValueType = ...,
+        window_seconds: _builtins.float = ...,
+        max_file_bytes: _builtins.int = ...,
+        languages: _abc.Iterable[Global___SpokenLanguage] | None = ...,
+        advised_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advised_tokens", b"advised_tokens", "languages", b"languages", "max_file_bytes", b"max_file_bytes", "modality", b"modality", "window_seconds", b"window_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MediaInput: _TypeAlias = MediaInput  # noqa: Y015
+
+@_typing.final
+class SpokenLanguage(_message.Message):
+    """A language that is spoken."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    code: _builtins.str
+    """Such as "en"."""
+    name: _builtins.str
+    """Such as "english"."""
+    token_id: _builtins.int
+    """The token that names it."""
+    def __init__(
+        self,
+        *,
+        code: _builtins.str = ...,
+        name: _builtins.str = ...,
+        token_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "name", b"name", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpokenLanguage: _TypeAlias = SpokenLanguage  # noqa: Y015
 
 @_typing.final
 class SamplingDefaults(_message.Message):
@@ -330,6 +432,7 @@ class EncodeRequest(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     MAX_LENGTH_FIELD_NUMBER: _builtins.int
     STRIDE_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Identifies the request in logs and traces."""
     question: _builtins.str
@@ -340,6 +443,8 @@ class EncodeRequest(_message.Message):
     """Longest window in tokens; 0: the service's default."""
     stride: _builtins.int
     """Overlap of neighbouring windows in tokens; absent: the service's default."""
+    explain: _builtins.bool
+    """Whether the response tells how its windows are made up."""
     @_builtins.property
     def tokenized(self) -> Global___TokenizedText:
         """EncodeResponse.passage of an earlier call with equal `options`."""
@@ -358,10 +463,11 @@ class EncodeRequest(_message.Message):
         options: Global___TextOptions | None = ...,
         max_length: _builtins.int = ...,
         stride: _builtins.int | None = ...,
+        explain: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_stride", b"_stride", "options", b"options", "passage", b"passage", "stride", b"stride", "text", b"text", "tokenized", b"tokenized"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stride", b"_stride", "max_length", b"max_length", "options", b"options", "passage", b"passage", "question", b"question", "request_id", b"request_id", "stride", b"stride", "text", b"text", "tokenized", b"tokenized"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stride", b"_stride", "explain", b"explain", "max_length", b"max_length", "options", b"options", "passage", b"passage", "question", b"question", "request_id", b"request_id", "stride", b"stride", "text", b"text", "tokenized", b"tokenized"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__stride: _TypeAlias = _typing.Literal["stride"]  # noqa: Y015
     _WhichOneofArgType__stride: _TypeAlias = _typing.Literal["_stride", b"_stride"]  # noqa: Y015
@@ -382,6 +488,10 @@ class EncodeResponse(_message.Message):
 
     WINDOWS_FIELD_NUMBER: _builtins.int
     PASSAGE_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
+    UNKNOWN_SHARE_FIELD_NUMBER: _builtins.int
+    unknown_share: _builtins.float
+    """Share of question's and passage's tokens that the vocabulary lacks, 0 to 1."""
     @_builtins.property
     def windows(self) -> _containers.RepeatedCompositeFieldContainer[Global___Window]:
         """In passage order; at least one."""
@@ -390,19 +500,79 @@ class EncodeResponse(_message.Message):
     def passage(self) -> Global___TokenizedText:
         """The tokenised passage; absent where the request carried it."""
 
+    @_builtins.property
+    def layout(self) -> Global___WindowLayout:
+        """Where `explain` was set."""
+
     def __init__(
         self,
         *,
         windows: _abc.Iterable[Global___Window] | None = ...,
         passage: Global___TokenizedText | None = ...,
+        layout: Global___WindowLayout | None = ...,
+        unknown_share: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["passage", b"passage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "passage", b"passage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["passage", b"passage", "windows", b"windows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "passage", b"passage", "unknown_share", b"unknown_share", "windows", b"windows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EncodeResponse: _TypeAlias = EncodeResponse  # noqa: Y015
+
+@_typing.final
+class WindowLayout(_message.Message):
+    """What the windows hold beside the passage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SpecialTokensEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    QUESTION_FIELD_NUMBER: _builtins.int
+    QUESTION_POSITION_FIELD_NUMBER: _builtins.int
+    SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    question_position: _builtins.int
+    """Index in each window of the first of them."""
+    @_builtins.property
+    def question(self) -> Global___TokenizedText:
+        """The question's tokens."""
+
+    @_builtins.property
+    def special_tokens(self) -> _containers.ScalarMap[_builtins.int, _builtins.str]:
+        """The names of the special tokens, by id."""
+
+    def __init__(
+        self,
+        *,
+        question: Global___TokenizedText | None = ...,
+        question_position: _builtins.int = ...,
+        special_tokens: _abc.Mapping[_builtins.int, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["question", b"question"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["question", b"question", "question_position", b"question_position", "special_tokens", b"special_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WindowLayout: _TypeAlias = WindowLayout  # noqa: Y015
 
 @_typing.final
 class EncodeStreamRequest(_message.Message):
@@ -703,6 +873,7 @@ class EncodePromptRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
+    MEDIA_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
@@ -716,6 +887,10 @@ class EncodePromptRequest(_message.Message):
         """A chat. Special tokens that its messages spell are plain text."""
 
     @_builtins.property
+    def media(self) -> Global___MediaPrompt:
+        """What a text about sound or a picture begins with."""
+
+    @_builtins.property
     def options(self) -> Global___TextOptions:
         """How the texts are cleaned; NORMALIZATION_UNSPECIFIED: as sent."""
 
@@ -725,16 +900,17 @@ class EncodePromptRequest(_message.Message):
         request_id: _builtins.str = ...,
         text: _builtins.str = ...,
         chat: Global___ChatPrompt | None = ...,
+        media: Global___MediaPrompt | None = ...,
         options: Global___TextOptions | None = ...,
         add_special_tokens: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "options", b"options", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "media", b"media", "options", b"options", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "options", b"options", "prompt", b"prompt", "request_id", b"request_id", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "media", b"media", "options", b"options", "prompt", b"prompt", "request_id", b"request_id", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
-    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "chat"]  # noqa: Y015
+    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "chat", "media"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
@@ -742,6 +918,40 @@ class EncodePromptRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___EncodePromptRequest: _TypeAlias = EncodePromptRequest  # noqa: Y015
+
+@_typing.final
+class MediaPrompt(_message.Message):
+    """The beginning of a text about sound or a picture. Of a picture, all fields are empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LANGUAGE_FIELD_NUMBER: _builtins.int
+    TRANSLATE_FIELD_NUMBER: _builtins.int
+    PREVIOUS_FIELD_NUMBER: _builtins.int
+    DETECT_FIELD_NUMBER: _builtins.int
+    language: _builtins.str
+    """A language's code, for a model that knows several."""
+    translate: _builtins.bool
+    """Translate into English instead of writing down what is said."""
+    previous: _builtins.str
+    """A text that stands before what is said; only its end is kept where it is long."""
+    detect: _builtins.bool
+    """Only that after which the model names the language."""
+    def __init__(
+        self,
+        *,
+        language: _builtins.str = ...,
+        translate: _builtins.bool = ...,
+        previous: _builtins.str = ...,
+        detect: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detect", b"detect", "language", b"language", "previous", b"previous", "translate", b"translate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MediaPrompt: _TypeAlias = MediaPrompt  # noqa: Y015
 
 @_typing.final
 class EncodePromptResponse(_message.Message):
@@ -1015,3 +1225,61 @@ class DecodeBatchStreamResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DecodeBatchStreamResponse: _TypeAlias = DecodeBatchStreamResponse  # noqa: Y015
+
+@_typing.final
+class ExtractFeaturesRequest(_message.Message):
+    """A file of sound or a picture."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Identifies the request in logs and traces."""
+    file: _builtins.bytes
+    """The file as it is."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        file: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtractFeaturesRequest: _TypeAlias = ExtractFeaturesRequest  # noqa: Y015
+
+@_typing.final
+class ExtractFeaturesResponse(_message.Message):
+    """What one run of the encoder takes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURES_FIELD_NUMBER: _builtins.int
+    START_SECONDS_FIELD_NUMBER: _builtins.int
+    END_SECONDS_FIELD_NUMBER: _builtins.int
+    start_seconds: _builtins.float
+    """Where the window begins in the sound, in seconds."""
+    end_seconds: _builtins.float
+    """Where it ends."""
+    @_builtins.property
+    def features(self) -> _shard_pb2.Features:
+        """float32 [mel bins, frames] of sound, [channels, height, width] of a picture."""
+
+    def __init__(
+        self,
+        *,
+        features: _shard_pb2.Features | None = ...,
+        start_seconds: _builtins.float = ...,
+        end_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_seconds", b"end_seconds", "features", b"features", "start_seconds", b"start_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtractFeaturesResponse: _TypeAlias = ExtractFeaturesResponse  # noqa: Y015

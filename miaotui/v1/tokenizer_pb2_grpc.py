@@ -83,6 +83,11 @@ class TokenizerServiceStub:
                 request_serializer=miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchStreamRequest.SerializeToString,
                 response_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchStreamResponse.FromString,
                 _registered_method=True)
+        self.ExtractFeatures = channel.unary_stream(
+                '/miaotui.v1.TokenizerService/ExtractFeatures',
+                request_serializer=miaotui_dot_v1_dot_tokenizer__pb2.ExtractFeaturesRequest.SerializeToString,
+                response_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.ExtractFeaturesResponse.FromString,
+                _registered_method=True)
 
 
 class TokenizerServiceServicer:
@@ -163,6 +168,15 @@ class TokenizerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExtractFeatures(self, request, context):
+        """A file to what the model's encoder takes: of sound a window after the other, of a picture
+        one. INVALID_ARGUMENT: the file is broken, of an unknown kind, too large or too long.
+        FAILED_PRECONDITION: the model reads text only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TokenizerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -210,6 +224,11 @@ def add_TokenizerServiceServicer_to_server(servicer, server):
                     servicer.DecodeBatchStream,
                     request_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchStreamRequest.FromString,
                     response_serializer=miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchStreamResponse.SerializeToString,
+            ),
+            'ExtractFeatures': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExtractFeatures,
+                    request_deserializer=miaotui_dot_v1_dot_tokenizer__pb2.ExtractFeaturesRequest.FromString,
+                    response_serializer=miaotui_dot_v1_dot_tokenizer__pb2.ExtractFeaturesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -459,6 +478,33 @@ class TokenizerService:
             '/miaotui.v1.TokenizerService/DecodeBatchStream',
             miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchStreamRequest.SerializeToString,
             miaotui_dot_v1_dot_tokenizer__pb2.DecodeBatchStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExtractFeatures(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/miaotui.v1.TokenizerService/ExtractFeatures',
+            miaotui_dot_v1_dot_tokenizer__pb2.ExtractFeaturesRequest.SerializeToString,
+            miaotui_dot_v1_dot_tokenizer__pb2.ExtractFeaturesResponse.FromString,
             options,
             channel_credentials,
             insecure,

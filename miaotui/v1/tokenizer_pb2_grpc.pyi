@@ -67,6 +67,11 @@ class TokenizerServiceStub:
     """
     DecodeBatchStream: _grpc.StreamStreamMultiCallable[_tokenizer_pb2.DecodeBatchStreamRequest, _tokenizer_pb2.DecodeBatchStreamResponse]
     """DecodeBatch, many times on one stream."""
+    ExtractFeatures: _grpc.UnaryStreamMultiCallable[_tokenizer_pb2.ExtractFeaturesRequest, _tokenizer_pb2.ExtractFeaturesResponse]
+    """A file to what the model's encoder takes: of sound a window after the other, of a picture
+    one. INVALID_ARGUMENT: the file is broken, of an unknown kind, too large or too long.
+    FAILED_PRECONDITION: the model reads text only.
+    """
 
 @_typing.type_check_only
 class TokenizerServiceAsyncStub(TokenizerServiceStub):
@@ -107,6 +112,11 @@ class TokenizerServiceAsyncStub(TokenizerServiceStub):
     """
     DecodeBatchStream: _aio.StreamStreamMultiCallable[_tokenizer_pb2.DecodeBatchStreamRequest, _tokenizer_pb2.DecodeBatchStreamResponse]  # type: ignore[assignment]
     """DecodeBatch, many times on one stream."""
+    ExtractFeatures: _aio.UnaryStreamMultiCallable[_tokenizer_pb2.ExtractFeaturesRequest, _tokenizer_pb2.ExtractFeaturesResponse]  # type: ignore[assignment]
+    """A file to what the model's encoder takes: of sound a window after the other, of a picture
+    one. INVALID_ARGUMENT: the file is broken, of an unknown kind, too large or too long.
+    FAILED_PRECONDITION: the model reads text only.
+    """
 
 class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Cleans, normalises and tokenises text, splits long passages into windows, renders chats to
@@ -198,5 +208,16 @@ class TokenizerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_tokenizer_pb2.DecodeBatchStreamResponse], _abc.AsyncIterator[_tokenizer_pb2.DecodeBatchStreamResponse]]:
         """DecodeBatch, many times on one stream."""
+
+    @_abc_1.abstractmethod
+    def ExtractFeatures(
+        self,
+        request: _tokenizer_pb2.ExtractFeaturesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_tokenizer_pb2.ExtractFeaturesResponse], _abc.AsyncIterator[_tokenizer_pb2.ExtractFeaturesResponse]]:
+        """A file to what the model's encoder takes: of sound a window after the other, of a picture
+        one. INVALID_ARGUMENT: the file is broken, of an unknown kind, too large or too long.
+        FAILED_PRECONDITION: the model reads text only.
+        """
 
 def add_TokenizerServiceServicer_to_server(servicer: TokenizerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
