@@ -12,7 +12,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import grpc
@@ -88,6 +88,17 @@ class CallFrame(Protocol):
         """The call's request."""
 
 
+NOT_UNIQUE = (
+    f"call ids must be unique among a stream's open calls, of which there may be {MAX_OPEN_CALLS}"
+)
+
+
+async def _ended(tasks: Collection[asyncio.Task[None]]) -> None:
+    """Waits until all have ended, however."""
+    if tasks:
+        await asyncio.wait(tasks)
+
+
 class CallServer:
     """Serves streams of calls by a unary handler.
 
@@ -112,21 +123,29 @@ class CallServer:
         """One stream, for as long as the client keeps it."""
         writing = asyncio.Lock()
         open_calls: dict[int, asyncio.Task[None]] = {}
+        answering: set[asyncio.Task[None]] = set()
+        refused = ""
         stream = asyncio.current_task()
         assert stream is not None
         self._streams.add(stream)
 
         async def run(frame: CallFrame) -> None:
             status, response = await self._run(frame)
+            # From here on nobody cancels it: gRPC would still be writing, and could neither
+            # write nor end the stream meanwhile.
+            task = open_calls.pop(frame.call.call_id)
+            answering.add(task)
             try:
                 async with writing:
-                    await context.write(self._answer(status, response))
+                    if not refused:
+                        await context.write(self._answer(status, response))
             except (aio.BaseError, asyncio.InvalidStateError):
                 log.debug("a caller was gone before its answer")
 
         def done(call_id: int, task: asyncio.Task[None]) -> None:
             if open_calls.get(call_id) is task:
                 del open_calls[call_id]
+            answering.discard(task)
             self._open.discard(task)
 
         try:
@@ -137,19 +156,22 @@ class CallServer:
                         known.cancel()
                     continue
                 if call_id in open_calls or len(open_calls) >= MAX_OPEN_CALLS:
-                    await context.abort(
-                        grpc.StatusCode.INVALID_ARGUMENT,
-                        f"call ids must be unique among a stream's open calls, of which there "
-                        f"may be {MAX_OPEN_CALLS}",
-                    )
+                    refused = NOT_UNIQUE
+                    break
                 task = asyncio.create_task(run(frame))
                 open_calls[call_id] = task
                 self._open.add(task)
                 task.add_done_callback(functools.partial(done, call_id))
+            else:
+                # The caller has nothing more to ask, but still waits for these.
+                await _ended((*open_calls.values(), *answering))
         finally:
             self._streams.discard(stream)
             for task in list(open_calls.values()):
                 task.cancel()
+            await _ended((*open_calls.values(), *answering))
+        if refused:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, refused)
 
     async def _run(self, frame: CallFrame) -> tuple[pb.CallStatus, Any]:
         status = pb.CallStatus(call_id=frame.call.call_id)
@@ -185,6 +207,10 @@ def rpc_error(code: grpc.StatusCode, details: str) -> aio.AioRpcError:
 
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+# INTERNAL is what grpc.aio makes of a write that fails because the peer has just died.
+_LINK_ENDS = (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL)
 
 
 class StreamLink:
@@ -237,7 +263,7 @@ class StreamLink:
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
-        if code in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):
+        if code in _LINK_ENDS:
             code = grpc.StatusCode.UNAVAILABLE  # the stream's end is not the call's
         self.fail_all(rpc_error(code, details))
 
@@ -325,6 +351,11 @@ class CallStream(Generic[RequestIn, ResponseOut]):
             raise status_error(status)
         response: ResponseOut = answer.response
         return response
+
+    @property
+    def outstanding(self) -> int:
+        """Calls that wait for their answer."""
+        return 0 if self._link is None else len(self._link.pending)
 
     def _give_up(self, link: _Link, header: pb.CallHeader) -> None:
         if not link.closed:

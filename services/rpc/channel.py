@@ -22,9 +22,10 @@ Options = list[tuple[str, int | str]]
 COMMON_OPTIONS: Options = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # A peer that vanished without a FIN is noticed within about 15 s.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    # For a peer that has vanished without a FIN. One that hangs is found by the looks that its
+    # callers take at it (gateway/upstream.py, services/shard/lanes.py).
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
@@ -32,7 +33,9 @@ CHANNEL_OPTIONS: Options = [
     *COMMON_OPTIONS,
     # A stage or service that restarts should be found again at once, not after 2 minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Not a pause, in spite of its name, but how long an attempt may take at least: TLS over a
+    # slow link, or by a busy machine, takes seconds.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # Channels of one process must not share a connection that one of them blocks.
     ("grpc.use_local_subchannel_pool", 1),

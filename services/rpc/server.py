@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from services.rpc.channel import COMMON_OPTIONS, Options
+from services.rpc.reading import ReadingInterceptor
 from services.rpc.tls import server_credentials
 from services.rpc.tracing import TracingInterceptor
 
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 SERVER_OPTIONS: Options = [
     *COMMON_OPTIONS,
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
     # Two processes on one port would each get half of the requests, silently.
     ("grpc.so_reuseport", 0),
 ]
@@ -36,27 +37,32 @@ class RpcServer:
     Health is NOT_SERVING until `set_serving(True)`.
     """
 
-    def __init__(self, service_name: str) -> None:
-        """`service_name`: full protobuf name, such as "miaotui.v1.ShardService"."""
+    def __init__(self, service_name: str, *more: str) -> None:
+        """`service_name`: full protobuf name, such as "miaotui.v1.ShardService".
+
+        `more`: further services of the server, whose health is the same.
+        """
         self.service_name = service_name
+        self._names = (service_name, *more)
+        self.tracing = TracingInterceptor(*self._names)
         self.aio = aio.server(
-            interceptors=[TracingInterceptor(service_name)],
+            interceptors=[ReadingInterceptor(), self.tracing],
             options=SERVER_OPTIONS,
         )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.aio)
-        names = (service_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.aio)
         self.port = 0
 
     async def set_serving(self, serving: bool) -> None:
-        """Publishes the health of this service and of the whole server ("")."""
+        """Publishes the health of the services and of the whole server ("")."""
         status = (
             health_pb2.HealthCheckResponse.SERVING
             if serving
             else health_pb2.HealthCheckResponse.NOT_SERVING
         )
-        for name in (self.service_name, ""):
+        for name in (*self._names, ""):
             await self._health.set(name, status)
 
     async def start(self, listen: str) -> int:

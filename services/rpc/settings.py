@@ -1,14 +1,27 @@
-"""Reads a service's settings, or says what is wrong with them and exits."""
+"""What the services behind a gateway have in common, and the reading of settings."""
 
 from __future__ import annotations
 
 import sys
 from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import AliasChoices, Field, ValidationError
 from pydantic_settings import BaseSettings
 
+from services.rpc.tls import TlsSettings
+
 Settings = TypeVar("Settings", bound=BaseSettings)
+
+
+class InnerSettings(TlsSettings):
+    """What tokenizer and shards take."""
+
+    traces_to: str = Field(
+        default="",
+        validation_alias=AliasChoices("MIAOTUI_TRACES_TO"),
+        description="host:port of the gateway's gRPC API, to show recent traces; empty: no traces, "
+        "unless OTEL_EXPORTER_OTLP_ENDPOINT names a collector",
+    )
 
 
 def load_settings(kind: type[Settings]) -> Settings:

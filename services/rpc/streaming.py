@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, Self
 
@@ -37,13 +36,15 @@ MAX_WAITING = 4096
 class StreamedCall(Generic[ResponseOut]):
     """The responses of one call, as they come. Iterate over it, and close it.
 
+    Responses that came while the reader was busy are one, merged: a reader that makes a call of
+    its own for each falls behind no further than by one.
     `aclose`, the end of an `async with` block, or a cancelled wait for the next response end
     the call at the server.
     """
 
     def __init__(self, give_up: Callable[[], None]) -> None:
         self._give_up = give_up
-        self._responses: deque[ResponseOut] = deque()
+        self._responses: list[ResponseOut] = []
         self._changed = asyncio.Event()
         self._error: aio.AioRpcError | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -65,7 +66,11 @@ class StreamedCall(Generic[ResponseOut]):
             except asyncio.CancelledError:
                 self.cancel()
                 raise
-        return self._responses.popleft()
+        response, others = self._responses[0], self._responses[1:]
+        self._responses = []
+        for other in others:
+            response.MergeFrom(other)  # type: ignore[attr-defined]
+        return response
 
     async def __aenter__(self) -> Self:
         return self
@@ -185,6 +190,11 @@ class ServerStreamCalls(Generic[RequestIn, ResponseOut]):
             call.expire_in(timeout)
         link.send(self._frame(header, request))
         return call
+
+    @property
+    def outstanding(self) -> int:
+        """Calls that have not ended."""
+        return 0 if self._link is None else len(self._link.open)
 
     def close(self) -> None:
         """Ends the stream; calls that are open fail with UNAVAILABLE."""

@@ -12,7 +12,7 @@ from grpc import aio
 from opentelemetry import trace
 
 from miaotui.v1 import calls_pb2 as pb
-from services.rpc.calls import MAX_OPEN_CALLS, CallContext, CallError, CallFrame
+from services.rpc.calls import MAX_OPEN_CALLS, NOT_UNIQUE, CallContext, CallError, CallFrame
 from services.rpc.streaming import MAX_WAITING, too_slow
 from services.rpc.tracing import end_server_span, start_server_span
 
@@ -170,6 +170,7 @@ class _ServedStream:
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
         self._last = False
+        self._closed = False
 
     def changed(self, call: _StreamCall) -> None:
         """The call has news."""
@@ -191,6 +192,11 @@ class _ServedStream:
         self._last = True
         self._wake.set()
 
+    def close(self) -> None:
+        """Lets `write` return as soon as it is not writing, whatever is left."""
+        self._closed = True
+        self._wake.set()
+
     async def idle(self) -> None:
         """Returns once all calls have ended and all is sent."""
         while self.calls:
@@ -202,6 +208,8 @@ class _ServedStream:
         while not (self._last and not self.calls):
             await self._wake.wait()
             self._wake.clear()
+            if self._closed:
+                return
             message, over = self._message(), []
             news, self._news = self._news, {}
             for call in news.values():
@@ -250,6 +258,7 @@ class StreamedCallServer:
         assert task is not None
         stream = self._streams[task] = _ServedStream(context, self._message)
         writer = asyncio.create_task(stream.write())
+        refused = ""
         try:
             async for frame in frames:
                 call_id = frame.call.call_id
@@ -257,11 +266,8 @@ class StreamedCallServer:
                     stream.cancel(call_id)
                     continue
                 if call_id in stream.calls or len(stream.calls) >= MAX_OPEN_CALLS:
-                    await context.abort(
-                        grpc.StatusCode.INVALID_ARGUMENT,
-                        f"call ids must be unique among a stream's open calls, of which there "
-                        f"may be {MAX_OPEN_CALLS}",
-                    )
+                    refused = NOT_UNIQUE
+                    break
                 call = stream.calls[call_id] = _StreamCall(self._name, frame.call, stream)
                 if self._draining:
                     call.end(
@@ -269,13 +275,18 @@ class StreamedCallServer:
                     )
                 else:
                     call.start(self._start, frame.request)
-            stream.finish()
-            await writer
+            else:
+                stream.finish()
+                await asyncio.shield(writer)
         finally:
-            writer.cancel()
             del self._streams[task]
             for call_id in list(stream.calls):
                 stream.cancel(call_id)
+            # Never cancelled: gRPC would still be writing, and could not end the stream.
+            stream.close()
+            await asyncio.wait((writer,))
+        if refused:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, refused)
 
     async def drain(self, seconds: float) -> None:
         """Refuses new calls, lets open ones finish for `seconds`, then ends the streams."""

@@ -7,9 +7,10 @@ what it can.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import grpc
 from grpc import aio
@@ -22,15 +23,44 @@ from miaotui.telemetry import extract_context
 _tracer = trace.get_tracer("miaotui.rpc")
 _HEADERS = ("traceparent", "tracestate")
 
+UNSAMPLED = (("traceparent", f"00-{1:032x}-{1:016x}-00"),)
+"""Metadata of looks at services, which would drown the traces of requests: flag 00 is "not
+sampled"."""
+
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
-class TracingInterceptor(aio.ServerInterceptor):
-    """Wraps the unary-request methods of `service`; everything else is left as it is."""
+class CallCounters(Protocol):
+    """Counts calls."""
 
-    def __init__(self, service: str) -> None:
-        self._prefix = f"/{service}/"
+    def began(self) -> None:
+        """A call came."""
+
+    def ended(self, seconds: float, *, failed: bool) -> None:
+        """It is over; `failed`: not by its caller's fault."""
+
+
+# The server's fault, or of what stands behind it; all others are the caller's doing.
+_FAILURES = frozenset(
+    (
+        *(grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE),
+        *(grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.DATA_LOSS),
+    )
+)
+
+
+class TracingInterceptor(aio.ServerInterceptor):
+    """Wraps the unary-request methods of `services`; everything else is left as it is."""
+
+    def __init__(self, *services: str) -> None:
+        self._prefixes = tuple(f"/{service}/" for service in services)
         self._wrapped: dict[str, Handler] = {}
+        self._counters: CallCounters | None = None
+        self._counted: frozenset[str] = frozenset()
+
+    def count(self, counters: CallCounters, *methods: str) -> None:
+        """Counts the calls of these methods ("/package.Service/Method"), before the first."""
+        self._counters, self._counted = counters, frozenset(methods)
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
@@ -40,13 +70,29 @@ class TracingInterceptor(aio.ServerInterceptor):
         if (known := self._wrapped.get(method)) is not None:
             return known
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming or not method.startswith(self._prefix):
+        if handler is None or handler.request_streaming or not method.startswith(self._prefixes):
             return handler
-        wrapped = self._wrapped[method] = _wrap(method.lstrip("/"), handler)
+        counters = self._counters if method in self._counted else None
+        wrapped = self._wrapped[method] = _wrap(method.lstrip("/"), handler, counters)
         return wrapped
 
 
-def _wrap(name: str, handler: Handler) -> Handler:
+class _Count:
+    """One call, counted."""
+
+    def __init__(self, counters: CallCounters | None) -> None:
+        self._counters = counters
+        if counters is not None:
+            counters.began()
+            self._started = time.perf_counter()
+
+    def end(self, code: grpc.StatusCode) -> None:
+        if self._counters is not None:
+            seconds = time.perf_counter() - self._started
+            self._counters.ended(seconds, failed=code in _FAILURES)
+
+
+def _wrap(name: str, handler: Handler, counters: CallCounters | None) -> Handler:
     codec: dict[str, Any] = {
         "request_deserializer": handler.request_deserializer,
         "response_serializer": handler.response_serializer,
@@ -55,7 +101,7 @@ def _wrap(name: str, handler: Handler) -> Handler:
         stream: Any = handler.unary_stream
 
         async def streamed(request: Any, context: Any) -> AsyncIterator[Any]:
-            span = start_server_span(name, context)
+            count, span = _Count(counters), start_server_span(name, context)
             # Never detached: the call's task, and so its context, ends with it, and a generator
             # whose caller went away may be closed in another one.
             otel_context.attach(trace.set_span_in_context(span))
@@ -68,13 +114,21 @@ def _wrap(name: str, handler: Handler) -> Handler:
                 raise
             finally:
                 end_server_span(span, code)
+                count.end(code)
 
         return grpc.unary_stream_rpc_method_handler(streamed, **codec)
     unary: Any = handler.unary_unary
 
     async def called(request: Any, context: Any) -> Any:
-        with server_span(name, context):
-            return await unary(request, context)
+        count, code = _Count(counters), grpc.StatusCode.OK
+        try:
+            with server_span(name, context):
+                return await unary(request, context)
+        except BaseException:
+            code = _code(context)
+            raise
+        finally:
+            count.end(code)
 
     return grpc.unary_unary_rpc_method_handler(called, **codec)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from miaotui.engine.batch import Batch, DropCode, Dropped, SequenceMeta, StageTiming
-from miaotui.engine.tensors import TensorFormatError, from_wire, to_wire
+from miaotui.engine.tensors import INT8, TensorFormatError, from_wire, to_wire
 from miaotui.v1 import shard_pb2 as pb
 from miaotui.v1 import tensor_pb2
 from services.shard.codec import Frame
@@ -25,10 +25,13 @@ DTYPES: Mapping[str, tensor_pb2.Dtype.ValueType] = {
     "float32": tensor_pb2.DTYPE_FLOAT32,
     "float16": tensor_pb2.DTYPE_FLOAT16,
     "bfloat16": tensor_pb2.DTYPE_BFLOAT16,
+    INT8: tensor_pb2.DTYPE_INT8,
 }
 DTYPE_NAMES: Mapping[tensor_pb2.Dtype.ValueType, str] = {
     number: name for name, number in DTYPES.items()
 }
+
+_LONGEST_MICROS = 1 << 62
 
 
 def _meta_to_proto(meta: SequenceMeta, now: float) -> pb.SequenceMeta:
@@ -44,7 +47,7 @@ def _meta_to_proto(meta: SequenceMeta, now: float) -> pb.SequenceMeta:
             decode=slice_to_proto(meta.decode),
         )
     # At least 1: 0 would mean that there is no deadline.
-    left = 0 if math.isinf(meta.deadline) else max(1, int((meta.deadline - now) * 1e6))
+    left = 0 if math.isinf(meta.deadline) else max(1, _micros(meta.deadline - now))
     return pb.SequenceMeta(
         request_id=meta.request_id,
         sequence=meta.sequence,
@@ -81,13 +84,18 @@ def timings_to_proto(timings: Iterable[StageTiming]) -> list[pb.StageTiming]:
     return [
         pb.StageTiming(
             stage=t.stage,
-            queue_micros=max(0, int(t.queue * 1e6)),
-            compute_micros=max(0, int(t.compute * 1e6)),
+            queue_micros=_micros(t.queue),
+            compute_micros=_micros(t.compute),
             batch_sequences=t.sequences,
             batch_tokens=t.tokens,
         )
         for t in timings
     ]
+
+
+def _micros(seconds: float) -> int:
+    # What another stage said of itself passes through here, and may be anything.
+    return min(max(0, int(seconds * 1e6)), _LONGEST_MICROS)
 
 
 def batch_to_frame(batch: Batch, wire_dtype: str, *, results: bool) -> Frame:
@@ -131,19 +139,23 @@ def batch_to_frame(batch: Batch, wire_dtype: str, *, results: bool) -> Frame:
     return Frame(pb.ForwardRequest(batch=message), payload)
 
 
-def frame_to_batch(frame: Frame, width: int, decode: DecodeLimits | None = None) -> Batch:
+def frame_to_batch(
+    frame: Frame, width: int, decode: DecodeLimits | None = None, *, vectors: bool = False
+) -> Batch:
     """A batch or results frame to a batch; `hidden` is a view of the frame's bytes.
 
     `width`: the tensor's second dimension, hidden_size or 2. `decode`: of a decoder, whose
-    results have `sampled` and no tensor. Raises `TensorFormatError` where the tensor, its
-    header and the sequences do not fit one another.
+    results have `sampled` and no tensor. `vectors`: results have a row a
+    sequence. Raises `TensorFormatError` where the tensor, its header and the sequences do not
+    fit one another.
     """
     now = time.monotonic()
     if frame.message.WhichOneof("frame") == "results":
         results = frame.message.results
         batch = _batch(results, now)
         if decode is None:
-            batch.hidden = _tensor(frame, results.logits, batch, width)
+            rows = len(batch.sequences) if vectors else batch.tokens
+            batch.hidden = _tensor(frame, results.logits, batch, (rows, width))
         elif batch.sequences or frame.payload.nbytes:
             raise TensorFormatError("a decoder's results with a tensor")
         else:
@@ -151,13 +163,15 @@ def frame_to_batch(frame: Frame, width: int, decode: DecodeLimits | None = None)
         return batch
     message = frame.message.batch
     batch = _batch(message, now)
-    batch.hidden = _tensor(frame, message.hidden, batch, width)
+    rows = batch.tokens
     batch.in_flight = max(1, message.in_flight)
     if decode is not None:
         slices = read_slices(message.sequences, decode)
         for meta, item in zip(batch.sequences, slices, strict=True):
             meta.decode = item
         batch.released = list(message.released)
+        rows = decode.rows(slices, batch.tokens)
+    batch.hidden = _tensor(frame, message.hidden, batch, (rows, width))
     return batch
 
 
@@ -186,7 +200,7 @@ def _batch(message: pb.Batch | pb.Results, now: float) -> Batch:
 
 
 def _tensor(
-    frame: Frame, header: tensor_pb2.TensorHeader, batch: Batch, width: int
+    frame: Frame, header: tensor_pb2.TensorHeader, batch: Batch, expected: tuple[int, int]
 ) -> torch.Tensor | None:
     """The batch's tensor; None where no sequence is left."""
     if not batch.sequences:
@@ -195,8 +209,8 @@ def _tensor(
     if name is None:
         raise TensorFormatError(f"dtype {header.dtype} is not known")
     shape = tuple(header.shape)
-    if shape != (batch.tokens, width):
+    if shape != expected:
         raise TensorFormatError(
-            f"a tensor of shape {list(shape)[:4]} for {batch.tokens} tokens of width {width}"
+            f"a tensor of shape {list(shape)[:4]} for {expected[0]} rows of width {expected[1]}"
         )
     return from_wire(frame.payload, name, shape)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Observation
 
-from miaotui.engine.decode.head import GenerationHead
+from miaotui.engine.decode.pool import GenerationPool
 from miaotui.v1 import shard_pb2 as pb
 from services.shard.stage import Stage
 
@@ -37,33 +37,32 @@ def observe(stage: Stage) -> None:
             "Sequences in the pipeline: computed, or on their way between stages",
             lambda: head.running_sequences,
         )
-    if isinstance(head, GenerationHead):
-        scheduler = head.scheduler
-        tables = scheduler.tables
+    if isinstance(head, GenerationPool):
+        pool = head
 
         gauge(
             "miaotui.kv.blocks",
             "{block}",
-            "Blocks of the KV cache of the stage that has fewest",
-            lambda: tables.blocks,
+            "Blocks of the KV cache of the stage that has fewest, of all lanes",
+            lambda: pool.blocks,
         )
         gauge(
             "miaotui.kv.blocks.used",
             "{block}",
             "KV blocks that texts hold",
-            lambda: tables.used,
+            lambda: pool.used,
         )
         gauge(
             "miaotui.kv.blocks.cached",
             "{block}",
             "KV blocks that nobody holds, kept for prompts that begin alike",
-            lambda: tables.cached,
+            lambda: pool.cached,
         )
         gauge(
             "miaotui.kv.preemptions",
             "{text}",
             "Texts that gave up their KV blocks to others and were computed again, since start",
-            lambda: scheduler.preemptions,
+            lambda: pool.preemptions,
         )
     gauge(
         "miaotui.stage.serving",

@@ -9,13 +9,18 @@ from miaotui.engine.decode.types import (
     GenerationRequest,
     GenerationUpdate,
     GenerationUsage,
+    SourceFeatures,
     TextDelta,
+    WrittenText,
 )
+from miaotui.engine.tensors import TensorFormatError, checked_nbytes
 from miaotui.v1 import shard_pb2 as pb
+from miaotui.v1 import tensor_pb2
 from services.shard.sampling import InvalidFieldError, logprobs_to_proto, read_ids, read_sampling
 
 MAX_TEXTS = 128
 MAX_STOP_TOKENS = 1024
+MAX_SALT_BYTES = 64
 
 
 def read_request(
@@ -40,6 +45,10 @@ def read_request(
         raise InvalidFieldError(f"stop_token_ids: {len(stops)}; at most {MAX_STOP_TOKENS}")
     if stops and max(stops) >= vocabulary:
         raise InvalidFieldError(f"stop_token_ids: ids must lie from 0 to {vocabulary - 1}")
+    if len(message.cache_salt) > MAX_SALT_BYTES:
+        raise InvalidFieldError(
+            f"cache_salt: {len(message.cache_salt)} bytes; at most {MAX_SALT_BYTES}"
+        )
     sampling = read_sampling(message.sampling, vocabulary)
     if sampling.json_schema:
         # Here, because the last stage, which follows it, can refuse nothing any more.
@@ -56,6 +65,41 @@ def read_request(
         draft_tokens=min(message.draft_tokens, context)
         if message.HasField("draft_tokens")
         else None,
+        cache_salt=message.cache_salt,
+        source=_read_features(message.features) if message.HasField("features") else None,
+        written=_read_resumed(message, vocabulary) if message.resumed else (),
+    )
+
+
+def _read_features(message: pb.Features) -> SourceFeatures:
+    """Features, a view of the message's bytes; the head knows what shape they must have."""
+    if message.header.dtype != tensor_pb2.DTYPE_FLOAT32:
+        raise InvalidFieldError(
+            f"features.header.dtype: {message.header.dtype}; must be DTYPE_FLOAT32 (1)"
+        )
+    shape = tuple(message.header.shape)
+    try:
+        expected = checked_nbytes("float32", shape)
+    except TensorFormatError as error:
+        raise InvalidFieldError(f"features.header.shape: {error}") from error
+    if len(message.data) != expected:
+        raise InvalidFieldError(
+            f"features.data: {len(message.data)} bytes; float32 of shape {list(shape)} has "
+            f"{expected}"
+        )
+    return np.frombuffer(message.data, np.float32).reshape(shape)
+
+
+def _read_resumed(message: pb.GenerateRequest, vocabulary: int) -> tuple[WrittenText, ...]:
+    if len(message.resumed) != (message.n or 1):
+        raise InvalidFieldError(
+            f"resumed: {len(message.resumed)} entries for {message.n or 1} texts; one each"
+        )
+    if all(text.ended for text in message.resumed):
+        raise InvalidFieldError("resumed: all texts have ended; there is nothing to resume")
+    return tuple(
+        WrittenText(read_ids(text.token_ids, f"resumed[{index}].token_ids", vocabulary), text.ended)
+        for index, text in enumerate(message.resumed)
     )
 
 

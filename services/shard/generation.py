@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import grpc
 
-from miaotui.engine.decode.head import GenerationHead
+from miaotui.engine.decode.pool import GenerationPool
 from miaotui.engine.decode.types import GenerationUpdate
 from miaotui.engine.decode.validation import InvalidRequestError
 from miaotui.engine.head import ComputeError, DeadlineError
@@ -41,10 +41,13 @@ def call_error(error: Exception) -> CallError:
 def refusal(stage: Stage, kind: pb.ModelKind.ValueType) -> CallError | None:
     """Why this stage takes no request for a model of this kind, if it does not."""
     wrong = None
+    if stage.info.kind == pb.MODEL_KIND_EMBEDDING and kind == pb.MODEL_KIND_EXTRACTIVE:
+        kind = stage.info.kind  # both by Infer
     if stage.info.kind != kind:
         wrong = (
-            "this model finds answers and writes no text; ask it by Infer, or start the stages "
-            "with a decoder's directory, such as a Llama, Qwen, Mistral, Gemma or GPT-2 one"
+            "this model finds answers or makes vectors and writes no text; ask it by Infer, or "
+            "start the stages with a decoder's directory, such as a Llama, Qwen, Mistral, Gemma "
+            "or GPT-2 one"
             if kind == pb.MODEL_KIND_GENERATIVE
             else "this model writes text and marks no spans; ask it by Generate, or start the "
             "stages with the directory of a model for extractive question answering"
@@ -72,7 +75,7 @@ class Generation:
         if (refused := refusal(stage, pb.MODEL_KIND_GENERATIVE)) is not None:
             raise refused
         head = stage.head
-        assert isinstance(head, GenerationHead)
+        assert isinstance(head, GenerationPool)
         remaining = context.time_remaining()
         trace = inject_context()
         observer = RequestObserver(trace)

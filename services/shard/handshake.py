@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 
 from miaotui.v1 import shard_pb2 as pb
 from miaotui.v1 import tensor_pb2
 
 PROTOCOL_VERSION = 1
+# Addresses, and names of directories in any script.
+_WORD = re.compile(r"[\w.:\[\]+@-]{1,255}")
 
 
 class MismatchError(Exception):
     """Two stages do not belong together; the message says why and what to do."""
+
+
+def _word(text: str) -> str:
+    """What a peer calls itself or its model, as long as it looks like that.
+
+    Refusals are logged, and a log is no place for whatever a stranger sends.
+    """
+    return text if _WORD.fullmatch(text) else "(unprintable)"
 
 
 def _layers(info: pb.StageInfo) -> str:
@@ -21,7 +32,7 @@ def _layers(info: pb.StageInfo) -> str:
 
 def _same(own: pb.StageInfo, other: pb.StageInfo) -> None:
     """Checks what all stages of a pipeline share."""
-    who = f"stage {other.index} at {other.address}"
+    who = f"stage {other.index} at {_word(other.address)}"
     if own.protocol_version != other.protocol_version:
         raise MismatchError(
             f"{who} speaks stream protocol {other.protocol_version}, stage {own.index} speaks "
@@ -29,8 +40,8 @@ def _same(own: pb.StageInfo, other: pb.StageInfo) -> None:
         )
     if own.model_fingerprint != other.model_fingerprint:
         raise MismatchError(
-            f"{who} holds another model ({other.model_name!r}, fingerprint "
-            f"{other.model_fingerprint[:12]}) than stage {own.index} ({own.model_name!r}, "
+            f"{who} holds another model ({_word(other.model_name)!r}, fingerprint "
+            f"{_word(other.model_fingerprint[:12])}) than stage {own.index} ({own.model_name!r}, "
             f"{own.model_fingerprint[:12]}); give every stage the same model directory"
         )
     if own.stages != other.stages:
@@ -60,8 +71,8 @@ def _same(own: pb.StageInfo, other: pb.StageInfo) -> None:
 def _consecutive(before: pb.StageInfo, after: pb.StageInfo) -> None:
     if after.index != before.index + 1:
         raise MismatchError(
-            f"stage {before.index} at {before.address} is followed by stage {after.index} at "
-            f"{after.address}; check the order of the list of stages"
+            f"stage {before.index} at {_word(before.address)} is followed by stage {after.index} "
+            f"at {_word(after.address)}; check the order of the list of stages"
         )
     if after.first_layer != before.end_layer:
         raise MismatchError(

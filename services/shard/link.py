@@ -1,10 +1,13 @@
-"""The stream to the next stage: connects, shakes hands, sends within credits, reconnects."""
+"""A lane's stream to its next stage: opens, shakes hands, sends within credits, ends."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import grpc
 from grpc import aio
@@ -16,18 +19,59 @@ from services.shard.codec import Frame, encode, split
 log = logging.getLogger(__name__)
 
 FORWARD = "/miaotui.v1.ShardService/Forward"
-_HANDSHAKE_SECONDS = 5.0
-_BACKOFF_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
+# Trailing metadata: host:port of the stage whose fault the end of a lane is.
+AT = "miaotui-at"
+HANDSHAKE_SECONDS = 3.0
+# So long does the shortest time of a link count.
+_WINDOW_SECONDS = 10.0
 
 Chain = tuple[pb.StageInfo, ...]
 Call = aio.StreamStreamCall[bytes, pb.ForwardResponse]
 
 
+@dataclass(frozen=True, slots=True)
+class LinkEnd:
+    """Why a link has ended."""
+
+    code: grpc.StatusCode
+    """FAILED_PRECONDITION: stages do not fit; RESOURCE_EXHAUSTED: one has no room for a lane."""
+    reason: str
+    at: str
+    """host:port of the stage at fault."""
+
+
+class LinkClock:
+    """How long a link takes one way, in seconds: half of the shortest time of late from a
+    batch's sending to its credit, which an idle stage gives at once.
+
+    The shortest, because a busy stage lets batches wait before it takes them.
+    """
+
+    def __init__(self) -> None:
+        self._last = self._shortest = 0.0
+        self._since = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of the last 10 to 20 s with batches; 0: none yet."""
+        return min(filter(None, (self._last, self._shortest)), default=0.0)
+
+    def took(self, seconds: float, now: float) -> None:
+        """Takes a time from sending to credit; `now` of `time.monotonic()`."""
+        if now - self._since > _WINDOW_SECONDS:
+            self._last, self._shortest, self._since = self._shortest, 0.0, now
+        if not self._shortest or seconds / 2 < self._shortest:
+            self._shortest = seconds / 2
+
+
 class _Connection:
     """One verified stream."""
 
-    def __init__(self, call: Call, window: int) -> None:
+    def __init__(self, call: Call, window: int, clock: LinkClock) -> None:
         self._call = call
+        self._clock = clock
+        # When the batches without credit were sent; credits come in their order.
+        self._sent: deque[float] = deque()
         self._room = window
         self._changed = asyncio.Event()
         # Locks let their waiters in one after another, as they came.
@@ -41,6 +85,7 @@ class _Connection:
                 self._changed.clear()
                 await self._changed.wait()
             self._room -= 1
+            self._sent.append(time.monotonic())
             await self.write(frame, part_bytes)
 
     async def write(self, frame: Frame, part_bytes: int) -> None:
@@ -54,6 +99,9 @@ class _Connection:
                     raise ConnectionError("the link to the next stage broke") from error
 
     def credit(self) -> None:
+        if self._sent:
+            now = time.monotonic()
+            self._clock.took(now - self._sent.popleft(), now)
         self._room += 1
         self._changed.set()
 
@@ -63,43 +111,33 @@ class _Connection:
 
 
 class Link:
-    """The outgoing link of a stage. `up` and `down` are told of every change.
-
-    A link exists while the stage has a verified chain of stages before it (`set_chain`); it
-    ends when that chain does, so that a break anywhere travels round the ring to stage 0.
-    """
+    """The way of one lane from a stage to the next; used once."""
 
     def __init__(
         self,
         target: str,
+        hello: pb.Hello,
         *,
         part_bytes: int,
+        clock: LinkClock,
         up: Callable[[], None],
-        down: Callable[[str], None],
-        refused: Callable[[str], None],
+        draining: Callable[[str], None],
     ) -> None:
+        """`target`: host:port. `up`: the next stage has welcomed this one; `draining`: a stage
+        behind (host:port) shuts down.
+        """
         self.target = target
+        self._hello = hello
         self._part_bytes = part_bytes
-        self._up, self._down, self._refused = up, down, refused
-        self._chain: Chain | None = None
-        self._changed = asyncio.Event()
+        self._clock = clock
+        self._up, self._draining = up, draining
         self._connection: _Connection | None = None
-        self._call: Call | None = None
         self._cancelling: set[asyncio.Task[None]] = set()
 
     @property
     def connected(self) -> bool:
         """Whether the next stage has welcomed this one."""
         return self._connection is not None
-
-    def set_chain(self, chain: Chain | None) -> None:
-        """The verified stages up to and including this one; None: not verified (any more)."""
-        if chain == self._chain and (chain is None or self.connected):
-            return
-        self._chain = chain
-        self._changed.set()
-        if self._call is not None:
-            self._call.cancel()
 
     async def send(self, frame: Frame) -> None:
         """Sends a frame once the next stage has room, in the order of the calls.
@@ -128,89 +166,61 @@ class Link:
         self._cancelling.add(task)
         task.add_done_callback(self._cancelling.discard)
 
-    async def run(self) -> None:
-        """Keeps the link up until cancelled."""
-        failures = 0
-        while True:
-            self._changed.clear()
-            if self._chain is None:
-                failures = 0
-                await self._changed.wait()
-                continue
-            channel = open_channel(self.target)
-            try:
-                reason, welcomed = await self._session(channel, self._chain)
-            finally:
-                self._call = None
-                await channel.close()
-            failures = 0 if welcomed else failures + 1
-            if failures in (1, 20):
-                log.info("link to %s: %s; trying again", self.target, reason)
-            pause = _BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)]
-            try:
-                async with asyncio.timeout(pause):
-                    await self._changed.wait()
-            except TimeoutError:
-                continue
-
-    async def _session(self, channel: aio.Channel, chain: Chain) -> tuple[str, bool]:
-        """One stream from Hello to its end; returns why it ended and whether it was welcomed."""
-        method: aio.StreamStreamMultiCallable[bytes, pb.ForwardResponse]
-        method = channel.stream_stream(FORWARD, response_deserializer=pb.ForwardResponse.FromString)
-        call: Call = method()
-        self._call = call
-        welcomed = False
-        reason = "closed by the next stage"
+    async def run(self) -> LinkEnd:
+        """From Hello to the stream's end. Cancelling it ends the stream."""
+        channel = open_channel(self.target)
         try:
-            async with asyncio.timeout(_HANDSHAKE_SECONDS):
-                hello = Frame(pb.ForwardRequest(hello=pb.Hello(chain=chain)))
-                await call.write(encode(hello))
-                first = await call.read()
-            if first is aio.EOF or not isinstance(first, pb.ForwardResponse):
-                await call.code()
-                reason = await self._ended(call)
-            elif first.WhichOneof("frame") != "welcome":
-                reason = "the next stage did not answer Hello with Welcome"
-            else:
-                welcomed = True
-                self._connection = _Connection(call, max(1, first.welcome.window))
-                log.info("link to %s is up", self.target)
-                self._up()
-                reason = await self._listen(call, self._connection)
-        except TimeoutError:
-            reason = "no answer to Hello in time"
-        except aio.AioRpcError:
-            reason = await self._ended(call)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            reason = "the stages before this one changed"
+            return await self._session(channel)
         finally:
-            call.cancel()
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
-                log.info("link to %s is down: %s", self.target, reason)
-                self._down(reason)
-        return reason, welcomed
+            await channel.close()
 
-    async def _listen(self, call: Call, connection: _Connection) -> str:
+    async def _session(self, channel: aio.Channel) -> LinkEnd:
+        method: aio.StreamStreamMultiCallable[bytes, pb.ForwardResponse]
+        method = channel.stream_stream(FORWARD, response_deserializer=pb.ForwardResponse.FromString)
+        call: Call = method()
+        try:
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                await call.write(encode(Frame(pb.ForwardRequest(hello=self._hello))))
+                first = await call.read()
+            if first is aio.EOF or not isinstance(first, pb.ForwardResponse):
+                return await self._ended(call)
+            if first.WhichOneof("frame") != "welcome":
+                return self._end("the next stage did not answer Hello with Welcome")
+            self._connection = _Connection(call, max(1, first.welcome.window), self._clock)
+            self._up()
+            return await self._listen(call, self._connection)
+        except TimeoutError:
+            return self._end("no answer to Hello in time")
+        except (aio.AioRpcError, asyncio.InvalidStateError):
+            return await self._ended(call)
+        finally:
+            call.cancel()
+
+    async def _listen(self, call: Call, connection: _Connection) -> LinkEnd:
         while True:
             answer = await call.read()
             if answer is aio.EOF or not isinstance(answer, pb.ForwardResponse):
                 return await self._ended(call)
-            if answer.WhichOneof("frame") == "credit":
+            kind = answer.WhichOneof("frame")
+            if kind == "credit":
                 connection.credit()
-            elif answer.WhichOneof("frame") == "reject":
-                return f"the next stage refused a batch: {answer.reject.message}"
+            elif kind == "draining":
+                self._draining(answer.draining.address)
+            elif kind == "reject":
+                return self._end(f"the next stage refused a batch: {answer.reject.message}")
 
-    async def _ended(self, call: Call) -> str:
-        """Why a stream ended; tells `refused` where the next stage says that it does not fit."""
+    def _end(self, reason: str) -> LinkEnd:
+        return LinkEnd(grpc.StatusCode.UNAVAILABLE, reason, self.target)
+
+    async def _ended(self, call: Call) -> LinkEnd:
         code, details = await call.code(), await call.details() or ""
-        if code is grpc.StatusCode.FAILED_PRECONDITION:
-            self._refused(details)
-            return f"refused: {details}"
-        if code is grpc.StatusCode.UNAVAILABLE:
-            return "the next stage cannot be reached"
-        return f"{code.name}: {details}" if details else code.name
+        at = self.target
+        for key, value in await call.trailing_metadata() or ():
+            if key == AT and isinstance(value, str):
+                at = value
+        if at == self.target and code is grpc.StatusCode.UNAVAILABLE:
+            return self._end(f"the stage at {at} cannot be reached")
+        return LinkEnd(code, details or code.name, at)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from typing import Any
 
 import grpc
 import torch
 
+from miaotui.engine.batch import Batch
 from miaotui.engine.decode.head import GenerationHead
+from miaotui.engine.decode.observe import GenerationObserver
+from miaotui.engine.decode.pool import GenerationPool
 from miaotui.engine.decode.settings import GenerationSettings
+from miaotui.engine.decode.types import TokenIds
 from miaotui.engine.head import Head, HeadSettings
 from miaotui.engine.runner import StageRunner
 from miaotui.engine.scheduler import Scheduler
@@ -19,11 +24,16 @@ from miaotui.models.decoder_stage import DecoderStageModel
 from miaotui.models.layers import LayerRange
 from miaotui.models.loading import load_stage
 from miaotui.models.partition import parse_layers, plan_stages
+from miaotui.models.seq2seq_stage import Seq2SeqStageModel
 from miaotui.models.stage import StageModel
 from miaotui.telemetry import setup_logging, setup_telemetry
 from miaotui.v1 import shard_pb2 as pb
 from services.rpc.server import RpcServer, run, serve
+from services.rpc.spans import spans_to
 from services.shard.convert import DTYPE_NAMES, DTYPES
+from services.shard.explain import SERVICE as EXPLAIN_SERVICE
+from services.shard.explain import ExplainServicer
+from services.shard.explain import add_to as add_explanations
 from services.shard.gauges import observe
 from services.shard.handshake import PROTOCOL_VERSION
 from services.shard.servicer import ShardServicer
@@ -33,16 +43,31 @@ from services.shard.stage import Stage
 log = logging.getLogger(__name__)
 
 SERVICE = "miaotui.v1.ShardService"
-KINDS = {"extractive": pb.MODEL_KIND_EXTRACTIVE, "generative": pb.MODEL_KIND_GENERATIVE}
+KINDS = {
+    "extractive": pb.MODEL_KIND_EXTRACTIVE,
+    "generative": pb.MODEL_KIND_GENERATIVE,
+    "embedding": pb.MODEL_KIND_EMBEDDING,
+}
 
-AnyStageModel = StageModel | DecoderStageModel
+MODALITIES = {
+    "audio": pb.INPUT_MODALITY_AUDIO,
+    "image": pb.INPUT_MODALITY_IMAGE,
+}
+
+AnyStageModel = StageModel | DecoderStageModel | Seq2SeqStageModel
 
 
 def layer_range(settings: ShardSettings) -> LayerRange:
     """The layers of this stage: given, or planned so that the stages' costs balance."""
     count = len(settings.addresses)
     wanted = parse_layers(settings.layers) if settings.layers else count
-    plan = plan_stages(settings.model, wanted, dtype=settings.dtype, device=settings.device)
+    plan = plan_stages(
+        settings.model,
+        wanted,
+        dtype=settings.dtype,
+        device=settings.device,
+        task=settings.task,
+    )
     if len(plan.stages) != count:
         raise ValueError(
             f"layers {settings.layers!r} names {len(plan.stages)} ranges for {count} stages"
@@ -54,7 +79,7 @@ def stage_info(model: AnyStageModel, settings: ShardSettings) -> pb.StageInfo:
     """What the neighbours compare."""
     info = model.info
     wire = info.dtype if settings.wire_dtype == "auto" else settings.wire_dtype
-    return pb.StageInfo(
+    told = pb.StageInfo(
         protocol_version=PROTOCOL_VERSION,
         index=settings.stage,
         stages=len(settings.addresses),
@@ -76,7 +101,14 @@ def stage_info(model: AnyStageModel, settings: ShardSettings) -> pb.StageInfo:
         kind=KINDS[info.kind],
         kv_blocks=info.kv_blocks,
         kv_block_tokens=info.kv_block_tokens,
+        instance=secrets.token_hex(8),
     )
+    if (source := info.source) is not None:
+        told.input_modality = MODALITIES[source.modality]
+        told.input_shape.extend(source.shape)
+        told.encoder_layers = source.layers
+        told.source_rows = source.rows
+    return told
 
 
 def build_stage(settings: ShardSettings, model: AnyStageModel, server: RpcServer) -> Stage:
@@ -90,10 +122,12 @@ def build_stage(settings: ShardSettings, model: AnyStageModel, server: RpcServer
     stage = Stage(
         info,
         runner,
-        next_address=settings.addresses[(settings.stage + 1) % stages],
+        stages=settings.replicas,
+        shares=settings.shares,
         wire_dtype=DTYPE_NAMES[info.wire_dtype],
         inbox_batches=max(settings.inbox_batches, stages + 1),
         part_bytes=settings.part_bytes,
+        stall_seconds=settings.stall_seconds,
         status_changed=server.set_serving,
     )
     if stage.is_head:
@@ -121,6 +155,7 @@ def _reading_head(settings: ShardSettings, stage: Stage) -> Head:
         HeadSettings(
             max_in_flight=settings.max_in_flight or stages + 1,
             grace=settings.reconnect_grace,
+            vectors=stage.info.kind == pb.MODEL_KIND_EMBEDDING,
         ),
         compute=lambda batch, jobs: stage.runner.compute(batch, stage.cancelled, jobs),
         send=stage.send if stages > 1 else None,
@@ -128,29 +163,44 @@ def _reading_head(settings: ShardSettings, stage: Stage) -> Head:
     )
 
 
-def _writing_head(settings: ShardSettings, stage: Stage) -> GenerationHead:
+def _writing_head(settings: ShardSettings, stage: Stage) -> GenerationPool:
     stages = len(settings.addresses)
     batch_tokens = _batch_tokens(settings, stage)
     on_gpu = stage.info.device.startswith("cuda")
-    return GenerationHead(
-        GenerationSettings(
-            stages=stages,
-            vocabulary=stage.info.vocab_size,
-            context=stage.info.max_sequence_length,
-            max_in_flight=settings.max_in_flight or stages + 1,
-            micro_batches=settings.micro_batches or (stages if on_gpu else settings.machines),
-            batch_tokens=batch_tokens,
-            chunk_tokens=min(settings.chunk_tokens or max(1, batch_tokens // 4), batch_tokens),
-            max_running=settings.max_running,
-            queue_sequences=settings.queue_sequences,
-            queue_tokens=settings.queue_tokens,
-            draft_tokens=settings.draft_tokens,
-            prefix_cache=settings.prefix_cache,
-            grace=settings.reconnect_grace,
-        ),
-        compute=stage.compute,
-        send=stage.send if stages > 1 else None,
+    bounds = GenerationSettings(
+        stages=stages,
+        vocabulary=stage.info.vocab_size,
+        context=stage.info.max_sequence_length,
+        max_in_flight=settings.max_in_flight or stages + 1,
+        micro_batches=settings.micro_batches or (stages if on_gpu else settings.machines),
+        batch_tokens=batch_tokens,
+        chunk_tokens=min(settings.chunk_tokens or max(1, batch_tokens // 4), batch_tokens),
+        max_running=settings.max_running,
+        queue_sequences=settings.queue_sequences,
+        queue_tokens=settings.queue_tokens,
+        draft_tokens=settings.draft_tokens,
+        news_seconds=settings.news_seconds,
+        prefix_cache=settings.prefix_cache,
+        source_shape=tuple(stage.info.input_shape),
+        source_rows=stage.info.source_rows,
+        grace=settings.reconnect_grace,
     )
+
+    def head(lane: int, observer: GenerationObserver | None) -> GenerationHead:
+        share = stage.shares.of(lane)
+
+        async def compute(batch: Batch, input_ids: TokenIds) -> None:
+            await stage.compute(batch, share, input_ids)
+
+        async def send(batch: Batch) -> None:
+            batch.lane = lane
+            await stage.send(batch)
+
+        return GenerationHead(
+            bounds, compute=compute, send=send if stages > 1 else None, observer=observer
+        )
+
+    return GenerationPool(stage.shares.count, head)
 
 
 def _register(server: RpcServer, servicer: ShardServicer) -> None:
@@ -194,9 +244,11 @@ def _register(server: RpcServer, servicer: ShardServicer) -> None:
 
 async def serve_shard(settings: ShardSettings) -> None:
     """Loads the stage's layers and serves until SIGINT or SIGTERM."""
-    telemetry = setup_telemetry("miaotui-shard", instance=f"shard-{settings.stage}")
+    telemetry = setup_telemetry(
+        "miaotui-shard", instance=f"shard-{settings.stage}", spans=spans_to(settings.traces_to)
+    )
     model = await asyncio.to_thread(_load, settings)
-    server = RpcServer(SERVICE)
+    server = RpcServer(SERVICE, EXPLAIN_SERVICE)
     stage = build_stage(settings, model, server)
     observe(stage)
     servicer = ShardServicer(
@@ -205,16 +257,19 @@ async def serve_shard(settings: ShardSettings) -> None:
         token_types=model.shape.type_vocab_size if isinstance(model, StageModel) else 0,
     )
     _register(server, servicer)
+    explained = None
+    if isinstance(model, StageModel) and model.info.kind == "extractive":
+        explained = model
+    explanations = ExplainServicer(stage, explained)
+    add_explanations(server.aio, explanations)
     ring: list[asyncio.Task[None]] = []
 
     async def ready() -> None:
         ring.append(asyncio.create_task(stage.run()))
 
     async def drain() -> None:
-        stage.draining = True
         await server.set_serving(False)
-        if stage.head is not None:
-            await stage.head.drain(settings.drain_seconds)
+        await stage.drain(settings.drain_seconds)
         await asyncio.gather(servicer.infer_calls.drain(1.0), servicer.generate_calls.drain(1.0))
 
     try:
@@ -229,6 +284,7 @@ async def serve_shard(settings: ShardSettings) -> None:
     finally:
         for task in ring:
             task.cancel()
+        await explanations.close()
         stage.runner.close()
         telemetry.shutdown()
 
@@ -244,6 +300,7 @@ def _load(settings: ShardSettings) -> AnyStageModel:
         kv_cache_bytes=settings.kv_cache_bytes or None,
         kv_block_tokens=settings.kv_block_tokens,
         kv_sharers=settings.colocated,
+        task=settings.task,
     )
     log.info(
         "%.1f of %.1f MB of parameters, %s on %s",

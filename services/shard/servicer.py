@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 from grpc import aio
 
-from miaotui.engine.decode.head import GenerationHead
+from miaotui.engine.decode.pool import GenerationPool
 from miaotui.engine.head import (
     ComputeError,
     DeadlineError,
@@ -29,7 +29,8 @@ from services.rpc.calls import CallError, CallServer
 from services.rpc.streaming_server import SingleCall, StreamedCallServer
 from services.shard.convert import timings_to_proto
 from services.shard.generation import STATUS_OF_ERROR, Generation, refusal
-from services.shard.stage import ForwardContext, Stage
+from services.shard.lane import ForwardContext
+from services.shard.stage import Stage
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,8 @@ class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
         """Who this stage is and whether it serves."""
         stage, head = self._stage, self._stage.head
         status, reason = stage.status()
-        tables = head.scheduler.tables if isinstance(head, GenerationHead) else None
+        observer = stage.runner.observer
+        writer = head if isinstance(head, GenerationPool) else None
         return pb.ShardServiceDescribeResponse(
             stage=stage.info,
             status=status,
@@ -115,15 +117,20 @@ class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
             pipeline=stage.pipeline if stage.is_head else (),
             queued_sequences=stage.queued,
             running_sequences=head.running_sequences if head is not None else 0,
-            sequences_total=stage.runner.observer.sequences_total,
-            tokens_total=stage.runner.observer.tokens_total,
+            sequences_total=observer.sequences_total,
+            tokens_total=observer.tokens_total,
             resident_bytes=self._process.memory_info().rss,
-            kv_blocks_used=0 if tables is None else tables.used,
-            kv_blocks_cached=0 if tables is None else tables.cached,
+            kv_blocks_used=0 if writer is None else writer.used,
+            kv_blocks_cached=0 if writer is None else writer.cached,
+            replicas=() if stage.lanes is None else stage.lanes.replicas(),
+            batches_total=observer.batches_total,
+            compute_micros_total=int(observer.compute_seconds * 1e6),
+            written_tokens_total=0 if writer is None else writer.tokens,
+            link_micros=int(stage.clock.seconds * 1e6),
         )
 
     async def Infer(self, request: pb.InferRequest, context: InferContext) -> pb.InferResponse:
-        """Span logits of a request's sequences, through all stages."""
+        """Span logits, or vectors, of a request's sequences, through all stages."""
         stage, head = self._stage, self._stage.head
         if (refused := refusal(stage, pb.MODEL_KIND_EXTRACTIVE)) is not None:
             await context.abort(refused.code, refused.details)
@@ -148,12 +155,16 @@ class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
             )
         except (QueueFullError, PipelineUnavailableError, DeadlineError, ComputeError) as error:
             await context.abort(STATUS_OF_ERROR[type(error)], str(error))
+        timings = timings_to_proto(result.timings)
+        if stage.info.kind == pb.MODEL_KIND_EMBEDDING:
+            vectors = [row.tobytes() for row in result.logits]
+            return pb.InferResponse(embeddings=vectors, timings=timings)
         return pb.InferResponse(
             logits=[
                 pb.SpanLogits(start=logits[:, 0].tobytes(), end=logits[:, 1].tobytes())
                 for logits in result.logits
             ],
-            timings=timings_to_proto(result.timings),
+            timings=timings,
         )
 
     async def InferStream(  # type: ignore[override]

@@ -2,39 +2,60 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from services.rpc.tls import TlsSettings
+from services.rpc.endpoints import split_addresses
+from services.rpc.settings import InnerSettings
 
 
-def split_addresses(text: str) -> tuple[str, ...]:
-    """`"a:1, b:2"` → `("a:1", "b:2")`."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+def split_replicas(text: str) -> tuple[tuple[str, ...], ...]:
+    """`"a:1|b:1, c:1"` → `(("a:1", "b:1"), ("c:1",))`: of each stage, its replicas."""
+    return tuple(split_addresses(stage.replace("|", ",")) for stage in split_addresses(text))
 
 
-class ShardSettings(TlsSettings):
+class ShardSettings(InnerSettings):
     """One stage of a pipeline. `stages` is the same for all of them, `stage` is its own."""
 
     model_config = SettingsConfigDict(env_prefix="MIAOTUI_SHARD_", extra="forbid")
 
     model: Path = Field(description="Hugging Face model directory (safetensors)")
+    task: Literal["auto", "embed"] = Field(
+        "auto",
+        description="embed: serve an encoder's vectors of texts (the mean over their tokens); "
+        "auto: find answers or write, as the model was trained to",
+    )
     stage: int = Field(0, ge=0, description="Index of this stage, from 0")
     stages: str = Field(
-        "127.0.0.1:50060", description="host:port of every stage in order, comma-separated"
+        "127.0.0.1:50060",
+        description="host:port of every stage in order, comma-separated; replicas of a stage "
+        "separated by |, or one DNS name that leads to all of them",
+    )
+    replica: int = Field(
+        0, ge=0, description="Which of the replicas listed for its stage this is, from 0"
+    )
+    advertise: str = Field(
+        "",
+        description="host:port under which other stages reach this one; {hostname} in it stands "
+        "for this machine's name; empty: its entry of `stages`",
     )
     listen: str = Field("", description="host:port to bind; empty: this stage's entry of `stages`")
     layers: str = Field(
         "", description='Layer ranges of all stages, such as "0-3,3-6"; empty: planned by cost'
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of the computation; auto: bfloat16 where the hardware does it"
+    dtype: Literal["auto", "fast", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Of the computation; auto: bfloat16 on GPUs, float32 on CPUs; fast: bfloat16 "
+        "on CPUs too, where a trial finds it faster",
     )
-    wire_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of activations between stages; auto: as computed"
+    wire_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        "auto",
+        description="Of activations between stages; auto: as computed; int8: a byte each and a "
+        "scale a token, half of bfloat16's bytes, rounded",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     colocated_stages: int = Field(
@@ -85,8 +106,27 @@ class ShardSettings(TlsSettings):
         description="Decoders: most tokens guessed ahead from the prompt a step, where a request "
         "does not say; 0: none",
     )
+    news_seconds: float = Field(
+        0.03,
+        ge=0,
+        le=1,
+        description="Decoders: new tokens are sent at most this often, but for a text's first and "
+        "last; 0: every step",
+    )
     prefix_cache: bool = Field(
         True, description="Decoders: whether prompts that begin alike share keys and values"
+    )
+    kv_shares: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="Decoders: lanes (ways from a replica of stage 0 through one replica of each "
+        "stage) among which this replica divides its KV cache; 0: as many as `stages` needs",
+    )
+    stall_seconds: float = Field(
+        30.0,
+        gt=0,
+        description="Seconds without a result after which stage 0 gives its work to another lane",
     )
     inbox_batches: int = Field(4, ge=1, description="Batches that may wait at a later stage")
     part_bytes: int = Field(
@@ -99,43 +139,68 @@ class ShardSettings(TlsSettings):
         30.0, ge=0, description="Seconds that requests wait for a broken pipeline to come back"
     )
     drain_seconds: float = Field(
-        10.0, ge=0, description="Seconds that a stopping stage 0 gives its open requests"
+        10.0, ge=0, description="Seconds that a stopping stage gives its open requests"
     )
     metrics_port: int | None = Field(None, description="Port for Prometheus; none: no endpoint")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
 
     @property
+    def replicas(self) -> tuple[tuple[str, ...], ...]:
+        """host:port of every stage's replicas, in order."""
+        return split_replicas(self.stages)
+
+    @property
     def addresses(self) -> tuple[str, ...]:
-        """Every stage's host:port, in order."""
-        return split_addresses(self.stages)
+        """host:port of every stage's first replica, in order."""
+        return tuple(replicas[0] for replicas in self.replicas)
 
     @property
     def address(self) -> str:
-        """This stage's own host:port."""
-        return self.addresses[self.stage]
+        """This replica's own host:port, for the other stages."""
+        own = self.replicas[self.stage]
+        if self.advertise:
+            return self.advertise.replace("{hostname}", socket.gethostname())
+        return own[min(self.replica, len(own) - 1)]
+
+    @property
+    def shares(self) -> int:
+        """Lanes among which this replica divides its KV cache."""
+        if self.kv_shares:
+            return self.kv_shares
+        heads, *later = (len(replicas) for replicas in self.replicas)
+        # Each stage 0 has so many lanes that all replicas of the others are on one.
+        lanes = max(later, default=1)
+        return lanes if self.stage == 0 else heads * -(-lanes // later[self.stage - 1])
 
     @property
     def colocated(self) -> int:
         """Stages that share this machine."""
         if self.colocated_stages:
             return self.colocated_stages
-        hosts = [address.rpartition(":")[0] for address in self.addresses]
-        return hosts.count(hosts[self.stage])
+        hosts = [one.rpartition(":")[0] for replicas in self.replicas for one in replicas]
+        return max(1, hosts.count(self.address.rpartition(":")[0]))
 
     @property
     def machines(self) -> int:
-        """Machines that the stages run on."""
+        """Machines that the stages of a lane run on."""
         if self.colocated_stages:
             return -(-len(self.addresses) // self.colocated_stages)
         return len({address.rpartition(":")[0] for address in self.addresses})
 
     @model_validator(mode="after")
     def _stage_is_listed(self) -> ShardSettings:
-        if self.stage >= len(self.addresses):
+        if self.stage >= len(self.replicas):
             raise ValueError(
-                f"stage {self.stage} is not in `stages`, which lists {len(self.addresses)} "
+                f"stage {self.stage} is not in `stages`, which lists {len(self.replicas)} "
                 "(count from 0)"
             )
-        if len(set(self.addresses)) != len(self.addresses):
+        own = self.replicas[self.stage]
+        if not self.advertise and self.replica >= len(own):
+            raise ValueError(
+                f"replica {self.replica} of stage {self.stage} is not in `stages`, which lists "
+                f"{len(own)} (count from 0); list it, or say with `advertise` where it is"
+            )
+        listed = [one for replicas in self.replicas for one in replicas]
+        if len(set(listed)) != len(listed):
             raise ValueError("`stages` lists an address twice")
         return self

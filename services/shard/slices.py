@@ -30,6 +30,16 @@ class DecodeLimits:
     blocks: int
     """KV blocks of the stage that takes the slices."""
     block_tokens: int
+    source_rows: int = 0
+    """Encoder-decoder models: rows of activations that the encoder makes for a sequence."""
+    embedded: bool = True
+    """Whether the stage before sends a row a token: of an encoder-decoder model, only those
+    behind the decoder's first layer do."""
+
+    def rows(self, slices: Sequence[DecodeSlice], tokens: int) -> int:
+        """Rows of activations that come with a batch."""
+        begun = sum(item.begin is not None for item in slices) if self.source_rows else 0
+        return begun * self.source_rows + (tokens if self.embedded else 0)
 
 
 def _to_bytes(ids: TokenIds) -> bytes:
@@ -52,6 +62,7 @@ def slice_to_proto(item: DecodeSlice) -> pb.DecodeSlice:
         samples=item.samples,
         draft=_to_bytes(item.draft),
         begin=begin,
+        tokens=_to_bytes(item.tokens),
     )
 
 
@@ -82,15 +93,18 @@ def _read_slice(message: pb.SequenceMeta, blocks: TokenIds, limits: DecodeLimits
         raise TensorFormatError(
             f"a slice up to token {end}; this model takes {limits.context} at most"
         )
-    if len(blocks) * limits.block_tokens < end:
+    needed = -(-limits.source_rows // limits.block_tokens) - (-end // limits.block_tokens)
+    if len(blocks) < needed:
+        about = f" and {limits.source_rows} rows" if limits.source_rows else ""
         raise TensorFormatError(
-            f"{len(blocks)} KV blocks of {limits.block_tokens} tokens for {end} tokens"
+            f"{len(blocks)} KV blocks of {limits.block_tokens} tokens for {end} tokens{about}"
         )
     if not decode.sequence_id:
         raise TensorFormatError("a sequence without an id")
     try:
         draft = read_ids(decode.draft, "draft", limits.vocabulary)
         begin = _read_start(decode.begin, limits) if decode.HasField("begin") else None
+        tokens = read_ids(decode.tokens, "tokens", limits.vocabulary)
     except InvalidFieldError as error:
         raise TensorFormatError(str(error)) from error
     nothing = not decode.samples and not len(draft)
@@ -98,7 +112,11 @@ def _read_slice(message: pb.SequenceMeta, blocks: TokenIds, limits: DecodeLimits
         raise TensorFormatError(
             f"{decode.samples} samples in {length} tokens of which {len(draft)} are guessed"
         )
-    return DecodeSlice(decode.sequence_id, decode.start, blocks, decode.samples, draft, begin)
+    if len(tokens) != (length if limits.source_rows else 0):
+        raise TensorFormatError(f"{len(tokens)} token ids with a slice of {length} tokens")
+    return DecodeSlice(
+        decode.sequence_id, decode.start, blocks, decode.samples, draft, begin, tokens
+    )
 
 
 def _read_start(message: pb.SequenceStart, limits: DecodeLimits) -> SequenceStart:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any, NoReturn
 
 import grpc
@@ -12,6 +13,7 @@ import numpy as np
 from grpc import aio
 from opentelemetry import metrics, trace
 
+from miaotui.media.tokenizer import MediaTokenizer
 from miaotui.text.detokenize import Detokenizer
 from miaotui.text.errors import (
     FingerprintMismatchError,
@@ -38,6 +40,7 @@ from services.tokenizer.convert import (
     tokens_to_proto,
     window_to_proto,
 )
+from services.tokenizer.media import MediaReader, features_to_proto, media_to_proto
 from services.tokenizer.workers import BusyError, Workers
 
 log = logging.getLogger(__name__)
@@ -54,6 +57,8 @@ _STATUSES = (
 
 
 _GENERATIVE_ONLY = "this model finds spans and continues no prompts; ask Encode instead"
+_TEXT_ONLY = "this model reads text only; ask the tokenizer of one that hears or sees"
+_MEDIA_ONLY = "this model tells of sound or pictures and continues no prompts; set media instead"
 _EXTRACTIVE_ONLY = "this model continues prompts and finds no spans; ask EncodePrompt instead"
 
 
@@ -62,16 +67,19 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 
     def __init__(
         self,
-        tokenizer: TextTokenizer | PromptTokenizer,
+        tokenizer: TextTokenizer | PromptTokenizer | MediaTokenizer,
         model_fingerprint: str,
         workers: Workers,
         *,
         max_spans: int,
+        media: MediaReader | None = None,
     ) -> None:
-        """`model_fingerprint`: the one that the shards report."""
+        """`model_fingerprint`: the one that the shards report; `media`: reads the files for a
+        `MediaTokenizer`."""
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer.backend)
         self._workers = workers
+        self._media = media
         self._max_spans = max_spans
         self._description = pb.TokenizerServiceDescribeResponse(
             model_fingerprint=model_fingerprint,
@@ -83,11 +91,17 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             self._description.max_length = tokenizer.max_length
             self._description.stride = tokenizer.stride
             self._description.no_answer_thresholds.update(tokenizer.no_answer_thresholds)
+            self._description.scripts.update(tokenizer.script_pieces())
         else:
             self._description.kind = shard_pb.MODEL_KIND_GENERATIVE
             self._description.context_length = tokenizer.context_length
-            self._description.has_chat_template = tokenizer.has_chat_template
             self._description.stop_token_ids.extend(tokenizer.stop_token_ids)
+        if isinstance(tokenizer, MediaTokenizer):
+            # Whoever asks what is said wants to know the likeliest.
+            self._description.sampling.temperature = 0.0
+            self._description.media.CopyFrom(media_to_proto(tokenizer))
+        elif isinstance(tokenizer, PromptTokenizer):
+            self._description.has_chat_template = tokenizer.has_chat_template
             self._description.sampling.CopyFrom(sampling_to_proto(tokenizer.sampling))
         self.calls = {
             "Encode": CallServer(
@@ -189,27 +203,41 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
                 "miaotui.windows": len(windows),
             }
         )
+        layout = None
+        if request.explain:
+            layout = pb.WindowLayout(
+                question=tokens_to_proto(question),
+                question_position=len(tokenizer.template.before),
+                special_tokens=tokenizer.special_tokens,
+            )
         return pb.EncodeResponse(
             windows=[window_to_proto(window) for window in windows],
             passage=None if kind == "tokenized" else tokens_to_proto(passage),
+            layout=layout,
+            unknown_share=tokenizer.unknown_share(question, passage),
         )
 
     async def EncodePrompt(
         self, request: pb.EncodePromptRequest, context: Context
     ) -> pb.EncodePromptResponse:
         """A text or a chat to a prompt."""
-        size = len(request.text) + sum(len(part.content) for part in request.chat.messages)
+        size = len(request.text) + len(request.media.previous)
+        size += sum(len(part.content) for part in request.chat.messages)
         try:
             return await self._workers.run(size, lambda: self._encode_prompt(request))
         except (TextError, BusyError) as error:
             await self._refuse(context, error)
 
     def _encode_prompt(self, request: pb.EncodePromptRequest) -> pb.EncodePromptResponse:
+        kind = request.WhichOneof("prompt")
+        if isinstance(self._tokenizer, MediaTokenizer):
+            return self._begin_media(self._tokenizer, request)
+        if kind == "media":
+            raise WrongModelError("media", _TEXT_ONLY)
         tokenizer = self._tokenizer
         if not isinstance(tokenizer, PromptTokenizer):
             raise WrongModelError("prompt", _GENERATIVE_ONLY)
         options = prompt_options_from_proto(request.options)
-        kind = request.WhichOneof("prompt")
         if kind == "chat":
             ids = tokenizer.encode_chat(chat_from_proto(request.chat), options)
         elif kind == "text":
@@ -220,6 +248,33 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self._tokens.add(len(ids))
         trace.get_current_span().set_attribute("miaotui.prompt.tokens", len(ids))
         return pb.EncodePromptResponse(input_ids=ids_to_bytes(ids))
+
+    def _begin_media(
+        self, tokenizer: MediaTokenizer, request: pb.EncodePromptRequest
+    ) -> pb.EncodePromptResponse:
+        if request.WhichOneof("prompt") != "media":
+            raise WrongModelError("prompt", _MEDIA_ONLY)
+        wanted = request.media
+        ids = tokenizer.begin(
+            language=wanted.language,
+            translate=wanted.translate,
+            previous=wanted.previous,
+            detect=wanted.detect,
+        )
+        return pb.EncodePromptResponse(input_ids=ids_to_bytes(ids))
+
+    async def ExtractFeatures(
+        self, request: pb.ExtractFeaturesRequest, context: Context
+    ) -> AsyncIterator[pb.ExtractFeaturesResponse]:
+        """A file to features."""
+        try:
+            if self._media is None:
+                raise WrongModelError("file", _TEXT_ONLY)
+            async with aclosing(self._media.read(request.file)) as windows:
+                async for window in windows:
+                    yield features_to_proto(window)
+        except (TextError, BusyError) as error:
+            await self._refuse(context, error)
 
     async def DecodeBatch(
         self, request: pb.DecodeBatchRequest, context: Context
