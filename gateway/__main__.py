@@ -2,8 +2,14 @@
 
 import sys
 
-from gateway.main import main
 from gateway.settings import GatewaySettings
+from miaotui.engine.allocator import return_freed_memory
 from services.rpc.settings import load_settings
 
-sys.exit(main(load_settings(GatewaySettings)))
+if __name__ == "__main__":
+    settings = load_settings(GatewaySettings)
+    return_freed_memory()
+
+    from gateway.main import main
+
+    sys.exit(main(settings))

@@ -6,6 +6,7 @@ status. Details are written here and never hold what a caller sent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,13 +32,29 @@ _ALL = (
         "Send one JSON object in UTF-8, every field once, without NaN or Infinity.",
     ),
     Kind(
+        *("malformed-http", "The request is not valid HTTP", 400, _C.INVALID_ARGUMENT),
+        "Speak HTTP/1.1; if you meant HTTPS, or gRPC, see that the address is right.",
+    ),
+    Kind(
         *("invalid-header", "A request header is not valid", 400, _C.INVALID_ARGUMENT),
         "Correct the header that `detail` names.",
+    ),
+    Kind(
+        *("unauthenticated", "A valid API key is needed", 401, _C.UNAUTHENTICATED),
+        'Send your key as "Authorization: Bearer mt_…" or "X-API-Key: mt_…".',
+    ),
+    Kind(
+        *("forbidden", "The API key may not do this", 403, _C.PERMISSION_DENIED),
+        "Ask the operator for a key with the scope that `detail` names.",
     ),
     Kind(*("not-found", "There is nothing here", 404, _C.NOT_FOUND), "See /docs for the paths."),
     Kind(
         *("method-not-allowed", "The method is not allowed here", 405, _C.UNIMPLEMENTED),
         "Use a method that the Allow header names.",
+    ),
+    Kind(
+        *("headers-timeout", "The headers did not arrive in time", 408, _C.DEADLINE_EXCEEDED),
+        "Send the headers without pauses.",
     ),
     Kind(
         *("body-timeout", "The body did not arrive in time", 408, _C.DEADLINE_EXCEEDED),
@@ -58,6 +75,18 @@ _ALL = (
     Kind(
         *("context-too-long", "The prompt is too long", 422, _C.INVALID_ARGUMENT),
         "Shorten the prompt, or ask for fewer tokens.",
+    ),
+    Kind(
+        *("rate-limited", "The API key asks too fast", 429, _C.RESOURCE_EXHAUSTED),
+        "Ask again after Retry-After seconds.",
+    ),
+    Kind(
+        *("quota-exceeded", "The API key's quota is used up", 429, _C.RESOURCE_EXHAUSTED),
+        "Ask again after Retry-After seconds, when the next day begins, or ask for a larger quota.",
+    ),
+    Kind(
+        *("headers-too-large", "The request's headers are too large", 431, _C.INVALID_ARGUMENT),
+        "Send fewer or shorter headers, and a shorter path.",
     ),
     Kind(
         *("model-not-found", "There is no such model", 404, _C.NOT_FOUND),
@@ -103,9 +132,20 @@ class FieldError:
 class GatewayError(Exception):
     """A request that gets no answer, and why."""
 
-    def __init__(self, slug: str, detail: str, errors: Sequence[FieldError] = ()) -> None:
-        """`slug`: one of `KINDS`; `detail`: for the caller, without anything that it sent."""
+    def __init__(
+        self,
+        slug: str,
+        detail: str,
+        errors: Sequence[FieldError] = (),
+        *,
+        wait_seconds: float | None = None,
+    ) -> None:
+        """`slug`: one of `KINDS`; `detail`: for the caller, without anything that it sent.
+
+        `wait_seconds`: when asking again makes sense, where that is known.
+        """
         super().__init__(detail)
+        self._wait_seconds = wait_seconds
         self.kind = KINDS[slug]
         self.detail = detail
         self.errors = tuple(errors)
@@ -113,7 +153,9 @@ class GatewayError(Exception):
     @property
     def retry_after(self) -> int | None:
         """Seconds after which asking again makes sense; `None` where it does not."""
-        return RETRY_AFTER_SECONDS if self.kind.status == 503 else None
+        if self._wait_seconds is not None:
+            return max(1, math.ceil(self._wait_seconds))
+        return RETRY_AFTER_SECONDS if self.kind.status in (429, 503) else None
 
     def message(self) -> str:
         """The detail and every fault in one line, for gRPC."""

@@ -11,21 +11,35 @@ from contextlib import nullcontext
 import uvicorn
 from starlette.types import ASGIApp
 
+from gateway.access.control import AccessControl
+from gateway.access.limiter import Limiter, LocalLimiter
+from gateway.access.redis_limiter import RedisLimiter
+from gateway.access.store import Keyring
 from gateway.cache.backend import CacheBackend, EmbeddedBackend
 from gateway.cache.codec import Sealer
 from gateway.cache.redis import RedisBackend
 from gateway.cache.stores import AnswerCache, PromptCache, SealedStore
 from gateway.desk import Desk
+from gateway.explaining import ExplanationDesk
 from gateway.generation.generator import Generator
 from gateway.generation.memory import TextCache
 from gateway.http.app import build_app
+from gateway.http.protocol import bounded_protocol
+from gateway.live.api import LiveFigures
+from gateway.live.collector import TraceCollector
+from gateway.live.sampling import request_sampler
+from gateway.live.traces import RingProcessor, TraceRing
+from gateway.media.captioner import Captioner
+from gateway.media.transcriber import Transcriber
 from gateway.metrics import GatewayMetrics
-from gateway.models import Models
+from gateway.models import GenerativePair, Models
 from gateway.pipeline import Pipeline
 from gateway.reading import read_spans
-from gateway.rpc import SERVICE, GatewayServicer
+from gateway.rpc import COUNTED, SERVICE, GatewayServicer
+from gateway.schema import CacheStatus
 from gateway.settings import GatewaySettings, split_listen
-from miaotui.telemetry import setup_logging, setup_telemetry
+from gateway.slots import Slots
+from miaotui.telemetry import Spans, setup_logging, setup_telemetry
 from services.rpc.server import AddressInUseError, RpcServer, run, stop_event
 from services.rpc.tls import CERTIFICATE, KEY
 
@@ -61,12 +75,16 @@ def open_desk(
     metrics: GatewayMetrics,
 ) -> Desk:
     """Where questions arrive, with a worker for each model; `backends`: answers and prompts."""
-    sealer = Sealer(settings.cache_secret.get_secret_value())
+    encryption = settings.cache_encryption_key
+    sealer = Sealer(
+        settings.cache_secret.get_secret_value(),
+        None if encryption is None else encryption.get_secret_value(),
+    )
 
     def store(name: str, backend: CacheBackend) -> SealedStore:
         return SealedStore(name, backend, sealer, metrics, settings.cache_value_bytes)
 
-    pipeline = generator = None
+    pipeline = explaining = None
     if models.extractive is not None:
         pipeline = Pipeline(
             settings,
@@ -76,10 +94,44 @@ def open_desk(
             read_spans,
             metrics,
         )
-    if models.generative is not None:
-        texts = TextCache(store("text", backends[0]))
-        generator = Generator(settings, models.generative, texts, metrics)
-    return Desk(settings, pipeline, generator)
+        explaining = ExplanationDesk(pipeline, models.extractive)
+    texts = TextCache(store("text", backends[0]))
+
+    def writer(pair: GenerativePair | None) -> Generator | None:
+        return None if pair is None else Generator(settings, pair, texts, metrics)
+
+    files = Slots(
+        settings.max_media_requests,
+        lambda: metrics.generated("overloaded", CacheStatus.BYPASS),
+        lambda _: None,
+    )
+    hears, sees = writer(models.transcribing), writer(models.captioning)
+    return Desk(
+        settings,
+        pipeline,
+        writer(models.generative),
+        explaining,
+        models.encoder,
+        metrics,
+        None if hears is None else Transcriber(hears, files),
+        None if sees is None else Captioner(sees, files),
+    )
+
+
+def open_access(
+    settings: GatewaySettings, backend: CacheBackend, metrics: GatewayMetrics
+) -> AccessControl | None:
+    """Who may come in; `None`: everybody. Limits are counted in `backend` where it is Redis.
+
+    Raises `KeyFileError`.
+    """
+    if settings.keys is None:
+        return None
+    limiter: Limiter = LocalLimiter()
+    if isinstance(backend, RedisBackend):
+        longest = max(settings.max_request_timeout, settings.max_generation_timeout)
+        limiter = RedisLimiter(backend, 1.5 * longest)
+    return AccessControl(Keyring(settings.keys.expanduser()), limiter, metrics)
 
 
 def _bind(listen: str) -> socket.socket:
@@ -99,7 +151,7 @@ def _http_server(app: ASGIApp, settings: GatewaySettings) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
         loop="none",
-        http="httptools",
+        http=bounded_protocol(settings),
         ws="none",
         lifespan="off",
         # The access log would hold paths, which are the caller's text.
@@ -119,25 +171,34 @@ def _http_server(app: ASGIApp, settings: GatewaySettings) -> uvicorn.Server:
     return server
 
 
-async def serve_gateway(settings: GatewaySettings) -> None:
+async def serve_gateway(settings: GatewaySettings, traces: TraceRing) -> None:
     """Serves until SIGINT or SIGTERM, then finishes running requests.
+
+    `traces`: what telemetry feeds with the gateway's own spans.
 
     Raises `AddressInUseError` where a listen address cannot be bound, `ValueError` for a
     setting that is not valid. Telemetry and logging are the caller's to set up.
     """
-    metrics = GatewayMetrics()
+    metrics = GatewayMetrics(traces)
     backends = open_backends(settings, metrics)
+    access = open_access(settings, backends[0], metrics)
     models = Models(settings)
     desk = open_desk(settings, models, backends, metrics)
     rpc = RpcServer(SERVICE)
-    servicer = GatewayServicer(settings, models, desk)
+    servicer = GatewayServicer(settings, models, desk, access)
     servicer.add_to(rpc.aio)
-    http = _http_server(build_app(settings, models, desk, metrics), settings)
+    # Whoever may not ask without a key may not tell of requests, unless it is known to be ours.
+    known = access is None or (settings.tls_dir is not None and settings.tls_mutual)
+    TraceCollector(traces, from_anywhere=known).add_to(rpc.aio)
+    rpc.tracing.count(metrics.live, *(f"/{SERVICE}/{name}" for name in COUNTED))
+    live = LiveFigures(settings, models, metrics.live, traces)
+    http = _http_server(build_app(settings, models, desk, metrics, live, access), settings)
     stopping = stop_event()
     try:
         listener = _bind(settings.http_listen)
         await rpc.start(settings.grpc_listen)
         models.start()
+        live.start()
         desk.documents.start()
         await rpc.set_serving(True)
         serving = asyncio.create_task(http.serve(sockets=[listener]))
@@ -150,7 +211,10 @@ async def serve_gateway(settings: GatewaySettings) -> None:
         await asyncio.gather(serving, rpc.stop(settings.drain_seconds))
     finally:
         await desk.close()
+        await live.close()
         await models.close()
+        if access is not None:
+            await access.close()
         for backend in {id(backend): backend for backend in backends}.values():
             await backend.close()
 
@@ -158,8 +222,10 @@ async def serve_gateway(settings: GatewaySettings) -> None:
 def main(settings: GatewaySettings) -> int:
     """Runs the gateway until it is told to stop; returns the process's exit code."""
     setup_logging("gateway", settings.log_level)
-    telemetry = setup_telemetry("miaotui-gateway")
+    traces = TraceRing(settings.kept_traces)
+    spans = Spans(RingProcessor(traces), sampler=request_sampler(settings.traces_per_second))
+    telemetry = setup_telemetry("miaotui-gateway", spans=spans if settings.kept_traces else None)
     try:
-        return run(lambda: serve_gateway(settings))
+        return run(lambda: serve_gateway(settings, traces))
     finally:
         telemetry.shutdown()

@@ -7,13 +7,19 @@ from collections.abc import Iterable
 from opentelemetry import metrics
 
 from gateway.generation.request import Usage
+from gateway.live.counters import LiveCounters
+from gateway.live.lone import LoneSpans
+from gateway.live.traces import TraceRing
 from gateway.schema import Hop
 
 
 class GatewayMetrics:
     """The gateway's instruments; make one after telemetry is set up."""
 
-    def __init__(self) -> None:
+    def __init__(self, traces: TraceRing | None = None) -> None:
+        """`traces`: where slow and failed requests are kept that were not sampled."""
+        self.live = LiveCounters()
+        self.lone = LoneSpans(traces or TraceRing(0))
         meter = metrics.get_meter("miaotui.gateway")
         self.request_duration = meter.create_histogram(
             "http.server.request.duration", unit="s", description="HTTP requests by route, status"
@@ -29,6 +35,10 @@ class GatewayMetrics:
         )
         self._hops = meter.create_histogram(
             "miaotui.gateway.hop.duration", unit="s", description="Time per hop of a question"
+        )
+        self._retrievals = meter.create_counter(
+            "miaotui.gateway.retrievals",
+            description="Searches of documents by whether they went by meaning, too",
         )
         self._lookups = meter.create_counter(
             "miaotui.gateway.cache.lookups", description="Cache look-ups by cache and result"
@@ -53,9 +63,20 @@ class GatewayMetrics:
             description="Tokens of finished texts by kind: prompt, cached, written, accepted",
         )
 
+        self._admissions = meter.create_counter(
+            "miaotui.gateway.key.requests",
+            description="Requests by the id of their API key, and whether they were let in",
+        )
+
+    def admitted(self, key: str, outcome: str) -> None:
+        """Counts a request with a key; `key`: its id; `outcome`: "ok", or why it stayed out."""
+        self._admissions.add(1, {"key": key, "outcome": outcome})
+
     def generated(self, outcome: str, cache: str) -> None:
         """Counts a generation; `outcome`: "ok" or a problem's slug."""
         self._generations.add(1, {"outcome": outcome, "cache": str(cache)})
+        if outcome == "ok":
+            self.live.answered(str(cache))
 
     def generating(self, change: int) -> None:
         """Counts generations worked on."""
@@ -78,6 +99,8 @@ class GatewayMetrics:
     def answered(self, outcome: str, cache: str) -> None:
         """Counts a question; `outcome`: "ok" or a problem's slug."""
         self._answers.add(1, {"outcome": outcome, "cache": cache})
+        if outcome == "ok":
+            self.live.answered(cache)
 
     def in_flight(self, change: int) -> None:
         """Counts questions worked on."""
@@ -87,6 +110,10 @@ class GatewayMetrics:
         """Records where a question's time went."""
         for hop in hops:
             self._hops.record(hop.milliseconds / 1000, {"hop": hop.hop})
+
+    def retrieved(self, dense: str) -> None:
+        """Counts a search; `dense`: "used", or why it went by words only."""
+        self._retrievals.add(1, {"dense": dense})
 
     def lookup(self, cache: str, result: str) -> None:
         """Counts a look-up; `result`: "hit", "miss" or "garbage"."""

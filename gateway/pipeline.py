@@ -19,13 +19,15 @@ from opentelemetry.trace import Link
 from gateway.cache.lease import Lease
 from gateway.cache.singleflight import SingleFlight
 from gateway.cache.stores import AnswerCache, PromptCache, StoredAnswer
-from gateway.calling import Background, call_id, retried, time_left
+from gateway.calling import MARGIN_SECONDS, Background, call_id, retried, time_left
 from gateway.errors import GatewayError
+from gateway.input_warnings import warnings_about
 from gateway.metrics import GatewayMetrics
 from gateway.models import ExtractivePair
 from gateway.reading import SpanReader
 from gateway.schema import CacheStatus, Candidate, Hop, QaRequest, QaResponse
 from gateway.settings import GatewaySettings
+from gateway.slots import Slots
 from gateway.upstream import Served
 from miaotui.telemetry import current_trace_id, trace_content
 from miaotui.v1 import shard_pb2 as shard_pb
@@ -101,6 +103,16 @@ class Readings:
     cache: CacheStatus
 
 
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What was computed for a passage, and kept whole: the windows and all their logits."""
+
+    served: Served
+    windows: tokenizer_pb.EncodeResponse
+    passage: tokenizer_pb.TokenizedText
+    logits: shard_pb.InferResponse
+
+
 _Result = TypeVar("_Result", QaResponse, Readings)
 
 
@@ -125,7 +137,11 @@ class Pipeline:
         self._flights: SingleFlight[bytes, _Landing] = SingleFlight()
         self._stores = Background()
         self._trace_content = trace_content()
-        self.in_flight = 0
+        self._slots = Slots(
+            settings.max_concurrent_requests,
+            lambda: metrics.answered("overloaded", "none"),
+            metrics.in_flight,
+        )
 
     async def answer(self, request: QaRequest, request_id: str, timeout: float) -> QaResponse:
         """Answers within `timeout` seconds. Raises `GatewayError`; cancelling frees the work."""
@@ -135,9 +151,12 @@ class Pipeline:
         self._metrics.hops(response.timings)
         return response
 
-    async def served(self) -> Served:
-        """The model served now. Raises `GatewayError` (unavailable) where there is none."""
-        return await self._upstream.verified()
+    async def served(self, timeout: float) -> Served:
+        """The model served now, or again within `timeout` seconds.
+
+        Raises `GatewayError`. Who waits counts as one of the requests that may be worked on.
+        """
+        return await self._upstream.served_within(timeout, self._slots.one())
 
     async def read_passages(
         self, requests: Sequence[QaRequest], request_id: str, timeout: float, clock: Clock
@@ -151,11 +170,23 @@ class Pipeline:
             lambda: self._read_passages(requests, request_id, timeout, clock), timeout
         )
 
+    async def look_closely(
+        self, request: QaRequest, request_id: str, deadline: float, clock: Clock
+    ) -> Looked:
+        """Computes a passage's logits, for an explanation; `deadline` on the loop's clock.
+
+        Raises `GatewayError`; cancelling frees the work.
+        """
+        served = await self._upstream.verified(time_left(deadline) - MARGIN_SECONDS)
+        job = _Job(request, request_id, deadline, served)
+        windows, passage = await self._encode(job, clock, explain=True)
+        return Looked(served, windows, passage, await self._infer(job, windows.windows, clock))
+
     async def _read_passages(
         self, requests: Sequence[QaRequest], request_id: str, timeout: float, clock: Clock
     ) -> Readings:
-        served = await self._upstream.verified()
         deadline = asyncio.get_running_loop().time() + timeout
+        served = await self._upstream.verified(timeout - MARGIN_SECONDS)
         jobs = [_Job(request, request_id, deadline, served) for request in requests]
         keys = [self._answers.key(served.identity, request) for request in requests]
         found: list[StoredAnswer | None] = [None] * len(jobs)
@@ -170,7 +201,7 @@ class Pipeline:
             computed = await self._compute_all([jobs[place] for place in missing], clock)
             for place, answer in zip(missing, computed, strict=True):
                 found[place] = answer
-                if cached and self._upstream.served == served:
+                if cached and self._upstream.serves(served):
                     self._stores.start(self._answers.put(keys[place], answer))
         status = CacheStatus.MISS if missing else CacheStatus.HIT
         return Readings(
@@ -182,35 +213,26 @@ class Pipeline:
     async def _counted(self, work: Callable[[], Awaitable[_Result]], timeout: float) -> _Result:
         """Does it within `timeout` seconds, as one of the requests that may be worked on."""
         outcome, cache = "client-closed", "none"
-        self._enter()
-        try:
+        with self._slots.one():
             try:
-                async with asyncio.timeout(timeout):
-                    result = await work()
-            except TimeoutError:
-                raise GatewayError("timeout", f"No answer within {timeout:g} s.") from None
-            outcome, cache = "ok", result.cache.value
-            return result
-        except GatewayError as error:
-            outcome = error.kind.slug
-            raise
-        finally:
-            self._metrics.answered(outcome, cache)
-            self.in_flight -= 1
-            self._metrics.in_flight(-1)
-
-    def _enter(self) -> None:
-        if self.in_flight >= self._settings.max_concurrent_requests:
-            self._metrics.answered("overloaded", "none")
-            raise GatewayError("overloaded", "The gateway works on as many requests as it may.")
-        self.in_flight += 1
-        self._metrics.in_flight(1)
+                try:
+                    async with asyncio.timeout(timeout):
+                        result = await work()
+                except TimeoutError:
+                    raise GatewayError("timeout", f"No answer within {timeout:g} s.") from None
+                outcome, cache = "ok", result.cache.value
+                return result
+            except GatewayError as error:
+                outcome = error.kind.slug
+                raise
+            finally:
+                self._metrics.answered(outcome, cache)
 
     async def _answer(
         self, request: QaRequest, request_id: str, timeout: float, clock: Clock
     ) -> QaResponse:
-        served = await self._upstream.verified()
         deadline = asyncio.get_running_loop().time() + timeout
+        served = await self._upstream.verified(timeout - MARGIN_SECONDS)
         job = _Job(request, request_id, deadline, served)
         if request.no_cache:
             stored, status = await self._compute(job, clock), CacheStatus.BYPASS
@@ -234,6 +256,7 @@ class Pipeline:
             timings=clock.result(),
             trace_id=current_trace_id(),
             request_id=request_id,
+            warnings=warnings_about(request.question, request.context, stored.unknown, served),
         )
 
     async def _shared(self, job: _Job, clock: Clock) -> tuple[StoredAnswer, CacheStatus]:
@@ -250,18 +273,24 @@ class Pipeline:
                         raise
                     continue
             return stored, CacheStatus.HIT if status is CacheStatus.HIT else CacheStatus.SHARED
-        flight = self._flights.start(key, lambda: self._cached(key, job, clock))
+        if not self._settings.shares_cache:
+            # A look into this process's memory waits for nothing: a hit needs no flight.
+            known = await clock.timed("cache", self._answers.get(key, job.request))
+            if known is not None:
+                return known, CacheStatus.HIT
+        flight = self._flights.start(key, lambda: self._landing(key, job, clock))
         return await self._flights.wait(key, flight)
 
-    async def _cached(self, key: bytes, job: _Job, clock: Clock) -> _Landing:
+    async def _landing(self, key: bytes, job: _Job, clock: Clock) -> _Landing:
+        if not self._settings.shares_cache:
+            return await self._compute_and_keep(key, job, clock), CacheStatus.MISS
+
         def look() -> Awaitable[StoredAnswer | None]:
             return self._answers.get(key, job.request)
 
         stored = await clock.timed("cache", look())
         if stored is not None:
             return stored, CacheStatus.HIT
-        if not self._settings.shares_cache:
-            return await self._compute_and_keep(key, job, clock), CacheStatus.MISS
         lease = Lease(self._answers.store.backend, key)
         try:
             stored = await clock.timed("cache", lease.take_or_wait(look))
@@ -274,7 +303,7 @@ class Pipeline:
     async def _compute_and_keep(self, key: bytes, job: _Job, clock: Clock) -> StoredAnswer:
         stored = await self._compute(job, clock)
         # A model that was replaced meanwhile must not leave answers under the old name.
-        if self._upstream.served == job.served:
+        if self._upstream.serves(job.served):
             await clock.timed("cache", self._answers.put(key, stored))
         return stored
 
@@ -308,13 +337,13 @@ class Pipeline:
         )
         started = time.perf_counter()
         logits = await self._rpc(
-            job, "stage 0", "miaotui.v1.ShardService/Infer", self._upstream.infer, infer
+            job, "stage 0", "miaotui.v1.ShardService/Infer", self._upstream.infer(job.served), infer
         )
         _add_stages(clock, logits, time.perf_counter() - started)
         return logits
 
     async def _encode(
-        self, job: _Job, clock: Clock
+        self, job: _Job, clock: Clock, *, explain: bool = False
     ) -> tuple[tokenizer_pb.EncodeResponse, tokenizer_pb.TokenizedText]:
         request = job.request
         key = self._prompts.key(job.served.tokenizer_fingerprint, request)
@@ -325,6 +354,7 @@ class Pipeline:
                 normalization=_NORMALIZATION[request.normalization],
                 strip_markup=request.strip_markup,
             ),
+            explain=explain,
         )
         if known is not None:
             encode.tokenized.CopyFrom(known)
@@ -340,7 +370,7 @@ class Pipeline:
         self, job: _Job, encode: tokenizer_pb.EncodeRequest
     ) -> tokenizer_pb.EncodeResponse:
         name = "miaotui.v1.TokenizerService/Encode"
-        return await self._rpc(job, "tokenizer", name, self._upstream.encode, encode)
+        return await self._rpc(job, "tokenizer", name, self._upstream.encode(job.served), encode)
 
     async def _rpc(
         self,
@@ -360,7 +390,12 @@ class Pipeline:
                 raise
 
         # The process behind the address may be another by the second time.
-        return await retried(attempt, service, lambda: self._upstream.check_still(job.served))
+        return await retried(
+            attempt,
+            service,
+            lambda: self._upstream.check_still(job.served, job.time_left() - MARGIN_SECONDS),
+            self._upstream.budget,
+        )
 
     async def _read(
         self,

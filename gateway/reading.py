@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from gateway.cache.stores import StoredAnswer, StoredSpan
 from gateway.schema import QaRequest
-from miaotui.engine.spans import WindowLogits
+from miaotui.engine.spans import Span, WindowLogits
 from miaotui.engine.spans import read_spans as read_token_spans
 from miaotui.text.tokens import TokenizedText, character_spans
 from miaotui.v1 import shard_pb2 as shard_pb
@@ -32,6 +33,52 @@ class SpanReader(Protocol):
         """The answer; raises `ValueError` where the messages do not fit each other."""
 
 
+def window_logits(
+    windows: tokenizer_pb.EncodeResponse, logits: shard_pb.InferResponse
+) -> list[WindowLogits]:
+    """Each window's logits; views of the messages. Raises `ValueError` where they do not fit."""
+    return [
+        WindowLogits(
+            start=np.frombuffer(of_window.start, "<f4"),
+            end=np.frombuffer(of_window.end, "<f4"),
+            passage_position=window.passage_position,
+            passage_first=window.passage_first,
+            passage_tokens=window.passage_tokens,
+        )
+        for window, of_window in zip(windows.windows, logits.logits, strict=True)
+    ]
+
+
+def text_tokens(message: tokenizer_pb.TokenizedText) -> TokenizedText:
+    """A tokenised text; views of the message. Raises `ValueError` where it contradicts itself."""
+    tokens = TokenizedText(
+        input_ids=np.frombuffer(message.input_ids, "<i4"),
+        starts=np.frombuffer(message.starts, "<i4"),
+        ends=np.frombuffer(message.ends, "<i4"),
+        characters=message.characters,
+        fingerprint=message.fingerprint,
+    )
+    tokens.check("tokenized")
+    return tokens
+
+
+def places(tokens: TokenizedText, spans: Sequence[Span]) -> dict[tuple[int, int], int]:
+    """Characters [start, end) to the first span that stands for them, in the spans' order.
+
+    Spans that stand for no characters are left out.
+    """
+    starts, ends = character_spans(
+        tokens,
+        np.array([span.first for span in spans], np.int32),
+        np.array([span.last for span in spans], np.int32),
+    )
+    found: dict[tuple[int, int], int] = {}
+    for index, place in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+        if place[0] < place[1]:
+            found.setdefault(place, index)
+    return found
+
+
 def read_spans(
     windows: tokenizer_pb.EncodeResponse,
     passage: tokenizer_pb.TokenizedText,
@@ -40,40 +87,20 @@ def read_spans(
 ) -> StoredAnswer:
     """The best spans as characters. Raises `ValueError` for messages that do not fit."""
     reading = read_token_spans(
-        [
-            WindowLogits(
-                start=np.frombuffer(window_logits.start, "<f4"),
-                end=np.frombuffer(window_logits.end, "<f4"),
-                passage_position=window.passage_position,
-                passage_first=window.passage_first,
-                passage_tokens=window.passage_tokens,
-            )
-            for window, window_logits in zip(windows.windows, logits.logits, strict=True)
-        ],
+        window_logits(windows, logits),
         top_k=request.top_k + _SPARE_SPANS,
         max_answer_length=request.max_answer_length,
         no_answer_threshold=request.no_answer_threshold,
     )
-    tokens = TokenizedText(
-        input_ids=np.frombuffer(passage.input_ids, "<i4"),
-        starts=np.frombuffer(passage.starts, "<i4"),
-        ends=np.frombuffer(passage.ends, "<i4"),
-        characters=passage.characters,
-        fingerprint=passage.fingerprint,
-    )
-    tokens.check("passage")
+    tokens = text_tokens(passage)
     if tokens.characters != len(request.context):
         raise ValueError("the tokenised passage is not of the passage asked about")
-    starts, ends = character_spans(
-        tokens,
-        np.array([span.first for span in reading.spans], np.int32),
-        np.array([span.last for span in reading.spans], np.int32),
-    )
-    found: dict[tuple[int, int], StoredSpan] = {}
-    for span, start, end in zip(reading.spans, starts.tolist(), ends.tolist(), strict=True):
-        if start < end:
-            found.setdefault((start, end), StoredSpan(start, end, span.score, span.logit))
-    spans = list(found.values())[: request.top_k]
+    spans = [
+        StoredSpan(start, end, reading.spans[index].score, reading.spans[index].logit)
+        for (start, end), index in places(tokens, reading.spans).items()
+    ][: request.top_k]
     if not reading.answerable and request.top_k == 1:
         spans = []
-    return StoredAnswer(reading.answerable, reading.no_answer_score, spans)
+    return StoredAnswer(
+        reading.answerable, reading.no_answer_score, spans, round(windows.unknown_share, 4)
+    )

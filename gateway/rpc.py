@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 from grpc import aio
 
+from gateway.access.caller import spend
+from gateway.access.control import AccessControl
+from gateway.access.rpc import RpcGate
+from gateway.access.rpc import abort as _abort
 from gateway.batch import run_batch
 from gateway.desk import Desk
 from gateway.errors import FieldError, GatewayError
+from gateway.explanation import explanation_to_proto
 from gateway.http.middleware import new_request_id
 from gateway.http.views import models_of
 from gateway.models import Models
@@ -32,6 +37,8 @@ from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 
 SERVICE = "miaotui.v1.GatewayService"
+COUNTED = ("Answer", "AnswerBatch", "Write", "Chat")
+"""Methods that answer or write."""
 Context = aio.ServicerContext[Any, Any]
 
 _CACHE = {
@@ -43,6 +50,8 @@ _CACHE = {
 _KIND = {
     "extractive": shard_pb.MODEL_KIND_EXTRACTIVE,
     "generative": shard_pb.MODEL_KIND_GENERATIVE,
+    "transcribing": shard_pb.MODEL_KIND_GENERATIVE,
+    "captioning": shard_pb.MODEL_KIND_GENERATIVE,
 }
 _NORMALIZATION = {
     tokenizer_pb.NORMALIZATION_UNSPECIFIED: "nfc",
@@ -85,8 +94,16 @@ def _check_readable(request: Message) -> None:
 class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     """GatewayService over the pipeline that HTTP uses too."""
 
-    def __init__(self, settings: GatewaySettings, models: Models, desk: Desk) -> None:
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        models: Models,
+        desk: Desk,
+        access: AccessControl | None = None,
+    ) -> None:
+        """`access`: who may call; `None`: everybody."""
         self._settings = settings
+        self._gate = RpcGate(access)
         self._models = models
         self._desk = desk
         self._writing = WritingRpc(settings, desk.generator)
@@ -96,27 +113,27 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
         handlers = {
             "Answer": unary(
-                self.Answer,
+                self._gate.unary("Answer", self.Answer),
                 request_deserializer=_reader(pb.AnswerRequest),
                 response_serializer=pb.AnswerResponse.SerializeToString,
             ),
             "AnswerBatch": stream(
-                self.AnswerBatch,
+                self._gate.stream("AnswerBatch", self.AnswerBatch),
                 request_deserializer=_reader(pb.AnswerBatchRequest),
                 response_serializer=pb.AnswerBatchResponse.SerializeToString,
             ),
             "Write": stream(
-                self.Write,
+                self._gate.stream("Write", self.Write),
                 request_deserializer=_reader(pb.WriteRequest),
                 response_serializer=pb.WriteResponse.SerializeToString,
             ),
             "Chat": stream(
-                self.Chat,
+                self._gate.stream("Chat", self.Chat),
                 request_deserializer=_reader(pb.ChatRequest),
                 response_serializer=pb.ChatResponse.SerializeToString,
             ),
             "ListModels": unary(
-                self.ListModels,
+                self._gate.unary("ListModels", self.ListModels),
                 request_deserializer=_reader(pb.ListModelsRequest),
                 response_serializer=pb.ListModelsResponse.SerializeToString,
             ),
@@ -145,6 +162,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         if not 1 <= len(request.requests) <= limit:
             fault = FieldError("/requests", f"must hold 1 to {limit} questions")
             await _abort(context, invalid([fault]))
+        try:
+            spend(len(request.requests) - 1)
+        except GatewayError as over:
+            await _abort(context, over)
         results = run_batch(
             self._desk.answer,
             request.requests,
@@ -228,6 +249,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             "strip_markup": options.strip_markup,
             "no_cache": request.no_cache,
             "mode": "generative" if request.generative else "extractive",
+            "explain": request.explain,
         }
         if request.max_answer_length:
             data["max_answer_length"] = request.max_answer_length
@@ -246,14 +268,6 @@ def _request_id(context: Context) -> str:
     return new_request_id(given.encode() if isinstance(given, str) else given)
 
 
-async def _abort(context: Context, error: GatewayError) -> NoReturn:
-    trailing: tuple[tuple[str, str], ...] = ()
-    if (seconds := error.retry_after) is not None:
-        # gRPC's own name for it; in milliseconds.
-        trailing = (("grpc-retry-pushback-ms", str(1000 * seconds)),)
-    await context.abort(error.kind.code, error.message(), trailing)
-
-
 def _response(answer: QaResponse) -> pb.AnswerResponse:
     return pb.AnswerResponse(
         answerable=answer.answerable,
@@ -270,4 +284,10 @@ def _response(answer: QaResponse) -> pb.AnswerResponse:
         request_id=answer.request_id,
         answer=answer.answer or "",
         citations=[pb.Citation(start=c.start, end=c.end, text=c.text) for c in answer.citations],
+        explanation=None
+        if answer.explanation is None
+        else explanation_to_proto(answer.explanation),
+        warnings=[
+            pb.InputWarning(kind=w.kind, message=w.message, score=w.score) for w in answer.warnings
+        ],
     )

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from pydantic_core import PydanticCustomError
 
 from gateway.errors import FieldError, GatewayError
+from gateway.explanation import Explanation, WarningView
 from gateway.settings import GatewaySettings
 
 DEFAULT_TOP_K = 1
@@ -70,6 +71,10 @@ class QaRequest(BaseModel):
         description="extractive: the passage's own words; generative: a full sentence with "
         "citations, which needs a model that writes. Then top_k, no_answer_threshold, "
         "normalization and strip_markup have no meaning, and max_answer_length is 256 unless set.",
+    )
+    explain: bool = Field(
+        False,
+        description="Explain the answer: takes seconds, so not in a batch; extractive only.",
     )
 
 
@@ -143,6 +148,12 @@ class QaResponse:
         list[Citation],
         Field(description="generative: what the answer rests on, in the passage's order."),
     ] = field(default_factory=list)
+    explanation: Annotated[
+        Explanation | None, Field(description="Why, where it was asked for; else null.")
+    ] = None
+    warnings: Annotated[
+        list[WarningView], Field(description="What is unusual about question or passage.")
+    ] = field(default_factory=list)
 
 
 QA_RESPONSE: TypeAdapter[QaResponse] = TypeAdapter(QaResponse)
@@ -165,9 +176,20 @@ def parse_request(data: Any, settings: GatewaySettings, pointer: str = "") -> Qa
         )
         if length > limit
     ]
+    if request.explain and (wrong := not_explained(request.mode, in_batch=bool(pointer))):
+        faults.append(FieldError(f"{pointer}/explain", wrong))
     if faults:
         raise invalid(faults)
     return request
+
+
+def not_explained(mode: str, *, in_batch: bool) -> str:
+    """Why an answer cannot be explained; empty where it can."""
+    if mode == "generative":
+        return "only answers of mode extractive are explained"
+    if in_batch:
+        return "answers of a batch are not explained; ask this question by itself"
+    return ""
 
 
 _NOT_LOADED = {

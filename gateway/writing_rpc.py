@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -43,13 +44,15 @@ class WritingRpc:
         if self._generator is None:
             raise GatewayError("model-not-found", "No model that writes text is loaded.")
         generation = self._parse(request)
-        served = await self._generator.pair.verified()
-        if request.model not in ("", served.name, served.fingerprint):
-            raise GatewayError("model-not-found", "No model of this name writes text here.")
         timeout = self._settings.generation_timeout
         if time_left is not None:
             timeout = min(max(time_left, 0.001), self._settings.max_generation_timeout)
-        async with aclosing(self._generator.stream(generation, request_id, timeout)) as stream:
+        started = time.monotonic()
+        served = await self._generator.served(timeout)
+        if request.model not in ("", served.name, served.fingerprint):
+            raise GatewayError("model-not-found", "No model of this name writes text here.")
+        left = max(0.001, timeout - (time.monotonic() - started))
+        async with aclosing(self._generator.stream(generation, request_id, left)) as stream:
             async for news in stream:
                 texts = [
                     pb.WrittenText(

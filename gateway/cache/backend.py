@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 from cachetools import TTLCache
@@ -38,10 +40,12 @@ class EmbeddedBackend:
 
     system = "embedded"
 
-    def __init__(self, max_bytes: int, ttl_seconds: float) -> None:
+    def __init__(
+        self, max_bytes: int, ttl_seconds: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """`max_bytes` counts values and about what it costs to keep them."""
         self._entries: TTLCache[bytes, bytes] = TTLCache(
-            max_bytes, ttl_seconds, getsizeof=lambda value: len(value) + ENTRY_OVERHEAD_BYTES
+            max_bytes, ttl_seconds, clock, lambda value: len(value) + ENTRY_OVERHEAD_BYTES
         )
 
     @property

@@ -15,6 +15,7 @@ from opentelemetry.metrics import Observation
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
 from redis.maint_notifications import MaintNotificationsConfig
 
 from gateway.cache.breaker import Breaker
@@ -88,7 +89,12 @@ class RedisBackend:
         except Exception:  # noqa: BLE001 - replies that are no Redis protocol raise anything
             return False
 
-    async def _guarded(self, operation: Callable[[], Awaitable[T]]) -> T | None:
+    def script(self, text: str) -> AsyncScript:
+        """A Lua script, to be called within `guarded`."""
+        return self._redis.register_script(text)
+
+    async def guarded(self, operation: Callable[[], Awaitable[T]]) -> T | None:
+        """What an operation on Redis gives; `None` where Redis does not say in time."""
         if self._breaker.is_open:
             return None
         try:
@@ -109,12 +115,12 @@ class RedisBackend:
 
     async def get(self, key: bytes) -> bytes | None:
         """The value, or `None` where there is none or Redis does not say in time."""
-        value = await self._guarded(lambda: self._redis.get(PREFIX + key))
+        value = await self.guarded(lambda: self._redis.get(PREFIX + key))
         return value if isinstance(value, bytes) else None
 
     async def put(self, key: bytes, value: bytes) -> None:
         """Keeps `value` for the TTL, if Redis takes it."""
-        await self._guarded(lambda: self._redis.set(PREFIX + key, value, ex=self._ttl))
+        await self.guarded(lambda: self._redis.set(PREFIX + key, value, ex=self._ttl))
 
     async def acquire(self, key: bytes, token: bytes, milliseconds: int) -> bool | None:
         """Takes a lease on `key` if nobody holds one; `None` where Redis does not say."""
@@ -123,7 +129,7 @@ class RedisBackend:
             taken = await self._redis.set(PREFIX + b"l:" + key, token, nx=True, px=milliseconds)
             return bool(taken)
 
-        return await self._guarded(take)
+        return await self.guarded(take)
 
     async def release(self, key: bytes, token: bytes) -> None:
         """Gives the lease back, unless it ran out and is another's by now."""
@@ -131,7 +137,7 @@ class RedisBackend:
         async def give() -> object:
             return await self._release(keys=[PREFIX + b"l:" + key], args=[token])
 
-        await self._guarded(give)
+        await self.guarded(give)
 
     async def close(self) -> None:
         """Closes the connections."""

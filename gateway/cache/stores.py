@@ -10,6 +10,7 @@ from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind
 from pydantic import TypeAdapter, ValidationError
 
+from gateway.access.caller import current_tenant
 from gateway.cache.backend import CacheBackend
 from gateway.cache.codec import Sealer
 from gateway.metrics import GatewayMetrics
@@ -31,11 +32,15 @@ class StoredSpan:
 
 @dataclass(frozen=True, slots=True)
 class StoredAnswer:
-    """What the answer cache keeps of an answer."""
+    """What the answer cache keeps of an answer.
+
+    `unknown`: share of the tokens that the model's vocabulary lacks.
+    """
 
     answerable: bool
     no_answer_score: float
     spans: list[StoredSpan]
+    unknown: float = 0.0
 
 
 _STORED: TypeAdapter[StoredAnswer] = TypeAdapter(StoredAnswer)
@@ -60,8 +65,15 @@ class SealedStore:
         self._max_value_bytes = max_value_bytes
 
     def key(self, *parts: str | bytes) -> bytes:
-        """The key for what the parts, in their order, identify."""
-        return self._sealer.key(self._name.encode(), *parts)
+        """The key for what the parts, in their order, identify, apart for each tenant.
+
+        Who shares the work of an equal request in flight finds it by this key, too.
+        """
+        return self._sealer.key(self._name.encode(), current_tenant(), *parts)
+
+    def salt(self) -> bytes:
+        """What keeps the current tenant's share of caches elsewhere apart; empty without one."""
+        return self._sealer.salt(current_tenant())
 
     async def read(self, key: bytes) -> bytes | None:
         """The payload under `key`; call `found` once it has been made sense of."""
@@ -103,10 +115,9 @@ class AnswerCache:
     def __init__(self, store: SealedStore) -> None:
         self.store = store
 
-    def key(self, fingerprint: str, request: QaRequest, tenant: str = "") -> bytes:
+    def key(self, fingerprint: str, request: QaRequest) -> bytes:
         """The key of a request's answer; `fingerprint` is that of model and tokenizer."""
         return self.store.key(
-            tenant,
             fingerprint,
             request.question,
             request.context,
@@ -140,10 +151,10 @@ class PromptCache:
     def __init__(self, store: SealedStore) -> None:
         self.store = store
 
-    def key(self, fingerprint: str, request: QaRequest, tenant: str = "") -> bytes:
+    def key(self, fingerprint: str, request: QaRequest) -> bytes:
         """The key of a passage; `fingerprint` is that of the tokenizer."""
         options = f"{request.normalization} {request.strip_markup}"
-        return self.store.key(tenant, fingerprint, request.context, options)
+        return self.store.key(fingerprint, request.context, options)
 
     async def get(self, key: bytes, request: QaRequest) -> tokenizer_pb.TokenizedText | None:
         """The tokenised passage kept under `key`."""

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import fields, replace
 
 from gateway.documents.schema import (
     CollectionAnswer,
     CollectionQuestion,
+    Dense,
     PassageView,
     Retrieval,
     SourcedAnswer,
     SourcedCitation,
+    SourcedExplanation,
 )
-from gateway.documents.service import Documents
+from gateway.documents.service import Documents, Searched
 from gateway.errors import FieldError, GatewayError
+from gateway.explaining import ExplanationDesk
 from gateway.generation.answering import Answerer
+from gateway.input_warnings import warnings_about
 from gateway.pipeline import Clock, Pipeline
-from gateway.schema import CacheStatus, QaRequest, invalid, no_model_for
+from gateway.schema import CacheStatus, Hop, QaRequest, invalid, no_model_for
 from gateway.settings import GatewaySettings
 from gateway.upstream import Served
 from miaotui.retrieval.answers import (
@@ -32,6 +37,13 @@ from miaotui.retrieval.reading.document import heading_at, page_at
 from miaotui.telemetry import current_trace_id
 
 _SEPARATOR = "\n\n"
+_HOW: dict[Dense, str] = {
+    "used": "by their words and by their meaning",
+    "no-vectors": "by their words only: the collection has no vectors yet",
+    "language": "by their words only: the encoder does not know the question's language",
+    "away": "by their words only: the encoder's stages did not answer",
+    "off": "by their words only: there is no encoder",
+}
 
 
 class CollectionAnswerer:
@@ -43,7 +55,9 @@ class CollectionAnswerer:
         documents: Documents,
         pipeline: Pipeline | None,
         writer: Answerer | None,
+        explaining: ExplanationDesk | None = None,
     ) -> None:
+        self._explaining = explaining
         self._settings = settings
         self._documents = documents
         self._pipeline = pipeline
@@ -63,12 +77,15 @@ class CollectionAnswerer:
         if question.mode == "generative":
             seconds = self._settings.generation_timeout if timeout is None else timeout
             return await self._written(question, collection, request_id, seconds, clock)
-        seconds = self._settings.request_timeout if timeout is None else timeout
+        usual = self._settings.request_timeout
+        if question.explain:
+            usual = self._settings.max_request_timeout
+        seconds = usual if timeout is None else timeout
         return await self._extracted(question, collection, request_id, seconds, clock)
 
     async def _found(
         self, question: CollectionQuestion, collection: Collection, seconds: float, clock: Clock
-    ) -> list[Found]:
+    ) -> Searched:
         try:
             async with asyncio.timeout(seconds):
                 work = self._documents.search(collection, question.question, question.passages)
@@ -86,10 +103,12 @@ class CollectionAnswerer:
     ) -> CollectionAnswer:
         if self._pipeline is None:
             raise no_model_for("extractive")
-        served = await self._pipeline.served()
-        found = await self._found(question, collection, seconds, clock)
+        served = await self._pipeline.served(seconds - clock.elapsed())
+        left = max(0.001, seconds - clock.elapsed())
+        searched = await self._found(question, collection, left, clock)
+        found = searched.found
         if not found:
-            return _nothing(question, served, request_id, clock)
+            return _nothing(question, served, request_id, clock, searched.dense)
         requests = [
             QaRequest.model_construct(
                 question=question.question,
@@ -127,6 +146,16 @@ class CollectionAnswerer:
         )
         shown = ranked[: question.top_k] if answerable or question.top_k > 1 else []
         best = ranked[0].reading if ranked else None
+        explanation = None
+        if question.explain and best is not None:
+            left = max(0.001, seconds - clock.elapsed())
+            explanation = await self._explained(
+                requests[best.passage],
+                (searched, best.passage),
+                (readings.cache, clock.result(), answerable),
+                request_id,
+                left,
+            )
         return CollectionAnswer(
             answerable=answerable,
             answers=[_answer(span, found) for span in shown],
@@ -139,7 +168,40 @@ class CollectionAnswerer:
             timings=clock.result(),
             trace_id=current_trace_id(),
             request_id=request_id,
+            explanation=explanation,
+            warnings=warnings_about(question.question, "", 0.0, readings.served),
+            dense=searched.dense,
         )
+
+    async def _explained(
+        self,
+        request: QaRequest,
+        place: tuple[Searched, int],
+        answered: tuple[CacheStatus, list[Hop], bool],
+        request_id: str,
+        seconds: float,
+    ) -> SourcedExplanation | None:
+        """Why the passage that the answer stands in was read, and what in it the answer rests on.
+
+        `place`: what was found, and the answer's index in it; `answered`: whence, in what time,
+        and whether there is an answer.
+        """
+        if self._explaining is None:
+            return None
+        searched, passage = place
+        cache, timings, answerable = answered
+        explanation = await self._explaining.explain(
+            request, request_id, seconds, cache=cache, timings=timings, answerable=answerable
+        )
+        known = {each.name: getattr(explanation, each.name) for each in fields(explanation)}
+        known["path"] = [
+            replace(step, did=f"{step.did}, {_HOW[searched.dense]}")
+            if step.hop == "retrieval"
+            else step
+            for step in explanation.path
+        ]
+        retrieval = passage_views(searched.found)[passage].retrieval
+        return SourcedExplanation(**known, passage=passage, retrieval=retrieval)
 
     async def _written(
         self,
@@ -151,10 +213,12 @@ class CollectionAnswerer:
     ) -> CollectionAnswer:
         if self._writer is None:
             raise no_model_for("generative")
-        served = await self._writer.served()
-        found = await self._found(question, collection, seconds, clock)
+        served = await self._writer.served(seconds - clock.elapsed())
+        left = max(0.001, seconds - clock.elapsed())
+        searched = await self._found(question, collection, left, clock)
+        found = searched.found
         if not found:
-            return _nothing(question, served, request_id, clock)
+            return _nothing(question, served, request_id, clock, searched.dense)
         context = _SEPARATOR.join(passage.passage.text for passage in found)
         more = {}
         if "max_answer_length" in question.model_fields_set:
@@ -190,11 +254,12 @@ class CollectionAnswerer:
                 for range_ in written.citations
                 for citation in _citations(range_.start, range_.end, found)
             ],
+            dense=searched.dense,
         )
 
 
 def _nothing(
-    question: CollectionQuestion, served: Served, request_id: str, clock: Clock
+    question: CollectionQuestion, served: Served, request_id: str, clock: Clock, dense: Dense
 ) -> CollectionAnswer:
     """The answer where the collection holds nothing that has to do with the question."""
     return CollectionAnswer(
@@ -209,6 +274,7 @@ def _nothing(
         timings=clock.result(),
         trace_id=current_trace_id(),
         request_id=request_id,
+        dense=dense,
     )
 
 

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -37,14 +36,15 @@ from gateway.documents.schema import (
 )
 from gateway.documents.service import Documents
 from gateway.errors import FieldError, GatewayError
-from gateway.http.body import limited, read_json
+from gateway.http.body import read_json
 from gateway.http.exchange import json_response, request_id, timeout_given, unless_gone
+from gateway.http.forms import is_form, read_form
 from gateway.schema import invalid
 from gateway.settings import GatewaySettings
 from miaotui.retrieval.collection import Collection
-from miaotui.retrieval.database import Document
 from miaotui.retrieval.errors import UnreadableError
 from miaotui.retrieval.library import DEFAULT_COLLECTION
+from miaotui.retrieval.stored import Document
 
 MOST_FILES = 1000
 MOST_LISTED = 1000
@@ -83,8 +83,7 @@ class DocumentsApi:
 
     async def add(self, request: Request) -> Response:
         """POST /v1/documents"""
-        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type == "multipart/form-data":
+        if is_form(request):
             added = await self._add_files(request)
         else:
             added = await self._add_text(request)
@@ -103,15 +102,7 @@ class DocumentsApi:
         return AddResponse(body.collection, [AddedView(added.id, source, added.outcome)], [])
 
     async def _add_files(self, request: Request) -> AddResponse:
-        parser = MultiPartParser(
-            request.headers, limited(request, self._uploads), max_files=MOST_FILES, max_fields=10
-        )
-        try:
-            form = await parser.parse()
-        except MultiPartException:
-            detail = "The multipart form cannot be read; is its boundary right?"
-            raise GatewayError("malformed-body", detail) from None
-        try:
+        async with read_form(request, self._uploads, max_files=MOST_FILES, max_fields=10) as form:
             collection = form.get("collection", DEFAULT_COLLECTION)
             files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
             if not isinstance(collection, str):
@@ -121,8 +112,6 @@ class DocumentsApi:
             response = AddResponse(collection, [], [])
             for file in files:
                 await self._add_file(file, response)
-        finally:
-            await form.close()
         return response
 
     async def _add_file(self, file: UploadFile, response: AddResponse) -> None:
@@ -176,16 +165,19 @@ class DocumentsApi:
             CollectionView(one.name, one.counts.documents, one.counts.passages, one.counts.vectors)
             for one in await self._documents.collections()
         ]
-        return json_response(COLLECTION_LIST.dump_json(CollectionList(found)))
+        return json_response(
+            COLLECTION_LIST.dump_json(CollectionList(found, self._documents.encoder))
+        )
 
     async def search(self, request: Request) -> Response:
         """POST /v1/search"""
         body = parse(SearchRequest, await read_json(request, self._settings), self._settings)
         collection = await self._existing(body.collection)
         started = time.perf_counter()
-        found = await self._documents.search(collection, body.query, body.limit)
+        searched = await self._documents.search(collection, body.query, body.limit)
         elapsed = round((time.perf_counter() - started) * 1000, 3)
-        response = SearchResponse(body.collection, passage_views(found), elapsed)
+        views = passage_views(searched.found)
+        response = SearchResponse(body.collection, views, elapsed, searched.dense)
         return json_response(SEARCH_RESPONSE.dump_json(response))
 
     async def _existing(self, name: str) -> Collection:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from gateway.errors import FieldError
+from gateway.explanation import Explanation, WarningView
 from gateway.schema import (
     DEFAULT_ANSWER_LENGTH,
     DEFAULT_TOP_K,
@@ -16,6 +17,7 @@ from gateway.schema import (
     Text,
     field_errors,
     invalid,
+    not_explained,
 )
 from gateway.settings import GatewaySettings
 from miaotui.retrieval.collection import Outcome
@@ -23,6 +25,12 @@ from miaotui.retrieval.library import DEFAULT_COLLECTION
 
 DEFAULT_PASSAGES = 5
 MOST_PASSAGES = 50
+Dense: TypeAlias = Literal["used", "no-vectors", "language", "away", "off"]
+_DENSE = (
+    "Whether the passages were also found by meaning. no-vectors: the collection has none yet; "
+    "language: the encoder does not know the question's; away: the encoder's stages did not "
+    "answer; off: there is no encoder."
+)
 COLLECTION = Field(DEFAULT_COLLECTION, description="The collection's name.")
 
 
@@ -82,6 +90,7 @@ class CollectionQuestion(_Body):
         description="extractive: the documents' own words; generative: a full sentence with "
         "citations, which needs a model that writes.",
     )
+    explain: bool = Field(False, description="Explain the answer: takes seconds; extractive only.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +172,13 @@ class CollectionList:
     """All collections."""
 
     collections: list[CollectionView]
+    encoder: Annotated[
+        Literal["serving", "away", "none"],
+        Field(
+            description="What makes the vectors. away: they are made when it is back; none: there "
+            "is none, and documents are found by their words only."
+        ),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +215,7 @@ class SearchResponse:
     collection: str
     passages: list[PassageView]
     milliseconds: float
+    dense: Annotated[Dense, Field(description=_DENSE)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +251,14 @@ class SourcedCitation:
 
 
 @dataclass(frozen=True, slots=True)
+class SourcedExplanation(Explanation):
+    """Why an answer is the answer; offsets count within the text of its passage."""
+
+    passage: Annotated[int, Field(description="Index in `passages` of the answer's.")]
+    retrieval: Annotated[Retrieval, Field(description="Why this passage was read.")]
+
+
+@dataclass(frozen=True, slots=True)
 class CollectionAnswer:
     """The answer to a question over a collection."""
 
@@ -259,6 +284,14 @@ class CollectionAnswer:
     citations: Annotated[
         list[SourcedCitation], Field(description="generative: what the answer rests on.")
     ] = field(default_factory=list)
+    explanation: Annotated[
+        SourcedExplanation | None,
+        Field(description="Why, where it was asked for and anything was found; else null."),
+    ] = None
+    warnings: Annotated[
+        list[WarningView], Field(description="What is unusual about the question.")
+    ] = field(default_factory=list)
+    dense: Annotated[Dense, Field(description=_DENSE)] = "used"
 
 
 ADD_RESPONSE: TypeAdapter[AddResponse] = TypeAdapter(AddResponse)
@@ -287,6 +320,12 @@ def parse(body: type[B], data: Any, settings: GatewaySettings) -> B:
         for name, limit in limits.items()
         if len(getattr(parsed, name, "")) > limit
     ]
+    if (
+        isinstance(parsed, CollectionQuestion)
+        and parsed.explain
+        and (wrong := not_explained(parsed.mode, in_batch=False))
+    ):
+        faults.append(FieldError("/explain", wrong))
     if faults:
         raise invalid(faults)
     return parsed

@@ -6,14 +6,19 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
-from gateway.documents.encoding import LazyEncoder
+from gateway.access.tenancy import TenantLibraries
+from gateway.documents.encoding import StageEncoder, State
 from gateway.documents.preparing import Preparer
+from gateway.documents.schema import Dense
 from gateway.errors import FieldError, GatewayError
+from gateway.metrics import GatewayMetrics
+from gateway.models import EncoderPair
 from gateway.schema import invalid
 from gateway.settings import GatewaySettings
 from miaotui.retrieval.collection import (
@@ -26,7 +31,7 @@ from miaotui.retrieval.collection import (
 )
 from miaotui.retrieval.encoder import Vectors
 from miaotui.retrieval.errors import CollectionNameError, StoreError
-from miaotui.retrieval.library import Library
+from miaotui.retrieval.library import Library, open_store
 from miaotui.retrieval.prepare import Prepared, sha256_of
 from miaotui.retrieval.reading import Limits
 from miaotui.retrieval.terms import chinese_share
@@ -36,8 +41,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _THREADS = 4
-# Small, so that the thread is soon free for shutdown, and little is done again after a crash.
+# Few, so that little is done again after a crash.
 _EMBED_PASSAGES = 16
+_DENSE: dict[State, Dense] = {"none": "off", "away": "away", "serving": "used"}
+# After so many seconds passages are tried again whose vectors could not be made or kept.
+_AGAIN_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +64,29 @@ class CollectionCounts:
     counts: Counts
 
 
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """What a search found, best first, and whether it went by meaning, too."""
+
+    found: list[Found]
+    dense: Dense
+
+
 class Documents:
     """The user's collections. Methods raise `GatewayError` where the store cannot be used."""
 
-    def __init__(self, settings: GatewaySettings) -> None:
-        self._encoder = LazyEncoder()
-        self._library = Library(settings.documents_directory, encoder=self._encoder.name)
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        encoder: EncoderPair | None = None,
+        metrics: GatewayMetrics | None = None,
+    ) -> None:
+        """`encoder`: what makes vectors; None: documents are found by their words only."""
+        self._encoder = StageEncoder(encoder)
+        self._metrics = metrics
+        self._libraries = TenantLibraries(
+            open_store(settings.documents_store, encoder=self._encoder.name)
+        )
         limits = Limits(settings.max_upload_bytes, settings.max_document_characters)
         self._preparer = Preparer(limits, settings.reading_timeout)
         self._threads = ThreadPoolExecutor(_THREADS, "documents")
@@ -70,6 +95,11 @@ class Documents:
 
     def start(self) -> None:
         """Begins to give passages vectors, in the background."""
+        if self._encoder.state == "none":
+            log.info(
+                "documents are found by their words only; MIAOTUI_GATEWAY_ENCODER_STAGES names "
+                "the stages that find them by their meaning, too"
+            )
         self._news.set()
         self._embedding = asyncio.create_task(self._embed_all())
 
@@ -79,9 +109,8 @@ class Documents:
             self._embedding.cancel()
             await asyncio.gather(self._embedding, return_exceptions=True)
         self._preparer.close()
-        self._encoder.close()
         await asyncio.to_thread(self._threads.shutdown)
-        self._library.close()
+        self._libraries.close()
 
     # -- changes --------------------------------------------------------------------------
 
@@ -119,17 +148,17 @@ class Documents:
 
     async def collection(self, name: str) -> Collection | None:
         """A collection, or `None`; its methods block, see `run`."""
-        return await self._run(self._library.get, name)
+        return await self._run(self._libraries.current().get, name)
 
     async def _made(self, name: str) -> Collection:
-        made = await self._run(partial(self._library.get, name, create=True))
+        made = await self._run(partial(self._libraries.current().get, name, create=True))
         assert made is not None
         return made
 
     async def collections(self) -> list[CollectionCounts]:
-        """All collections."""
+        """All collections of the caller's."""
         found = []
-        for name in await self._run(self._library.names):
+        for name in await self._run(self._libraries.current().names):
             collection = await self.collection(name)
             if collection is not None:
                 found.append(CollectionCounts(name, await self._run(collection.counts)))
@@ -139,14 +168,25 @@ class Documents:
         """Calls a collection's method on a thread."""
         return await self._run(work, *args, **kwargs)
 
-    async def search(self, collection: Collection, query: str, limit: int) -> list[Found]:
+    @property
+    def encoder(self) -> State:
+        """Whether passages get vectors now."""
+        return self._encoder.state
+
+    async def search(self, collection: Collection, query: str, limit: int) -> Searched:
         """The best passages for a question, best first."""
-        vector = None
+        asked = None
+        dense: Dense = "language"
         if chinese_share(query) <= MOST_CHINESE:
-            encoding = self._encoder.question(query)
-            if encoding is not None:
-                vector = partial(_only_row, encoding)
-        return await self._run(collection.search, query, vector, limit)
+            asked = _Asked(self._encoder.question(query))
+            dense = _DENSE[self._encoder.state]
+        vector = None if asked is None or asked.vector is None else asked.wait
+        found = await self._run(collection.search, query, vector, limit)
+        if asked is not None and dense == "used":
+            dense = asked.outcome
+        if self._metrics is not None:
+            self._metrics.retrieved(dense)
+        return Searched(found, dense)
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         loop = asyncio.get_running_loop()
@@ -156,36 +196,70 @@ class Documents:
             raise invalid([FieldError("/collection", str(error))]) from None
         except (StoreError, sqlite3.Error, OSError) as error:
             log.error("the documents' store failed: %s", error)
-            raise GatewayError("unavailable", "The documents' store cannot be used now.") from None
+            detail = f"The documents' store ({self._libraries.store.kind}) cannot be used now."
+            raise GatewayError("unavailable", detail) from None
 
     # -- vectors --------------------------------------------------------------------------
 
     async def _embed_all(self) -> None:
-        """Gives vectors to passages that have none, whenever there is news."""
-        done: dict[str, int] = {}
+        """Gives vectors to passages that have none, whenever there is news or the stages return.
+
+        What could not be done is done later: passages wait in the store.
+        """
+        done: dict[tuple[Library, str], int] = {}
+        loop = asyncio.get_running_loop()
+        with suppress(GatewayError):  # it is logged, which is what this first look is for
+            await self._run(self._libraries.store.check)
         while True:
             await self._news.wait()
+            await self._encoder.serving()
             self._news.clear()
+            whole = True
             try:
-                for name in await self._run(self._library.names):
-                    collection = await self.collection(name)
-                    if collection is not None:
-                        done[name] = await self._embed(collection, done.get(name, 0))
+                await self._run(self._libraries.store.check)
+                for library in await self._run(self._libraries.every):
+                    for name in await self._run(library.names):
+                        collection = await self._run(library.get, name)
+                        if collection is not None:
+                            whole &= await self._embed(collection, done, (library, name))
             except GatewayError:
-                pass  # it has been logged; the next news bring the next try
+                whole = False  # it has been logged
+            if not whole:
+                loop.call_later(_AGAIN_SECONDS, self._news.set)
 
-    async def _embed(self, collection: Collection, after: int) -> int:
-        """Works through the passages behind `after`; returns the last one done."""
-        while waiting := await self._run(collection.without_vector, after, _EMBED_PASSAGES):
+    async def _embed(
+        self,
+        collection: Collection,
+        done: dict[tuple[Library, str], int],
+        key: tuple[Library, str],
+    ) -> bool:
+        """Works through a collection's passages behind `done[key]`, the last one with a vector;
+        returns whether it came to the end."""
+        while waiting := await self._run(
+            collection.without_vector, done.get(key, 0), _EMBED_PASSAGES
+        ):
             vectors = await self._encoder.passages([text for _, text in waiting])
             if vectors is None:
-                return after
+                return False
             ids = [identifier for identifier, _ in waiting]
             await self._run(collection.add_vectors, ids, vectors)
-            after = ids[-1]
-        return after
+            done[key] = ids[-1]
+        return True
 
 
-def _only_row(encoding: Future[Vectors]) -> Vectors:
-    row: Vectors = encoding.result()[0]
-    return row
+class _Asked:
+    """A question's vector that is under way, and what became of it."""
+
+    def __init__(self, vector: Future[Vectors | None] | None) -> None:
+        self.vector = vector
+        self.outcome: Dense = "away" if vector is None else "no-vectors"
+
+    def wait(self) -> Vectors | None:
+        """The vector, once it is there. Only called where there are vectors to compare with."""
+        assert self.vector is not None
+        try:
+            row = self.vector.result()
+        except CancelledError:
+            row = None
+        self.outcome = "away" if row is None else "used"
+        return row

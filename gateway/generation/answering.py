@@ -25,14 +25,14 @@ class Answerer:
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
 
-    async def served(self) -> Served:
-        """The model served now. Raises `GatewayError` (unavailable) where there is none."""
-        return await self._generator.pair.verified()
+    async def served(self, timeout: float) -> Served:
+        """As `Generator.served`."""
+        return await self._generator.served(timeout)
 
     async def answer(self, request: QaRequest, request_id: str, timeout: float) -> QaResponse:
         """Answers within `timeout` seconds. Raises `GatewayError`; cancelling frees the work."""
         started = time.perf_counter()
-        served = await self.served()
+        served = await self.served(timeout)
         context = request.context
         long = len(context) >= _LONG_CONTEXT
         cut = asyncio.to_thread(split_passages, context) if long else None

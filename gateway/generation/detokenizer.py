@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from gateway.calling import retried
 from gateway.errors import GatewayError
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
+from services.rpc.breaker import RetryBudget
 from services.rpc.channel import UnaryMethod
+from services.rpc.tracing import UNSAMPLED
 
 DECODE_SECONDS = 5.0
 
@@ -33,8 +35,16 @@ class Detokenizer:
     waits for the others' of the same turn.
     """
 
-    def __init__(self, decode: Decode) -> None:
+    def __init__(
+        self,
+        decode: Decode,
+        before_again: Callable[[], Awaitable[None]] | None = None,
+        budget: RetryBudget | None = None,
+    ) -> None:
+        """`before_again`, `budget`: as for `retried`."""
         self._decode = decode
+        self._before_again = before_again
+        self._budget = budget
         self._asked: list[_Asked] = []
         self._task: asyncio.Task[None] | None = None
         self._pieces: dict[int, bytes] = {}
@@ -47,8 +57,9 @@ class Detokenizer:
         asked = _Asked(items, frozenset(pieces))
         self._asked.append(asked)
         if self._task is None:
-            # No request's trace or deadline: the call is everybody's. As a task it starts
-            # after all that is ready now.
+            # No request's trace or deadline: the call is everybody's, and a trace of its own
+            # would tell of many calls a second what metrics tell. As a task it starts after all
+            # that is ready now.
             self._task = asyncio.get_running_loop().create_task(
                 self._work(), context=contextvars.Context()
             )
@@ -80,7 +91,10 @@ class Detokenizer:
         )
         try:
             response = await retried(
-                lambda: self._decode(request, timeout=DECODE_SECONDS), "tokenizer"
+                lambda: self._decode(request, timeout=DECODE_SECONDS, metadata=UNSAMPLED),
+                "tokenizer",
+                self._before_again,
+                self._budget,
             )
             if len(response.items) != len(request.items) or len(response.pieces) != len(pieces):
                 raise GatewayError("service-failed", "The tokenizer's reply does not fit.")

@@ -89,6 +89,10 @@ class TextCache:
             "chat" if chat else "text",
         )
 
+    def salt(self) -> bytes:
+        """What keeps the KV blocks of the current tenant's prompts apart at the shards."""
+        return self._store.salt()
+
     async def get(self, key: bytes, n: int) -> StoredTexts | None:
         """What is kept under `key`."""
         payload = await self._store.read(key)

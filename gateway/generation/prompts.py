@@ -1,4 +1,4 @@
-"""What a decoder is told. All of the gateway's own prompts stand here."""
+"""What a decoder is told for a question over passages; other prompts: scenarios.py."""
 
 from __future__ import annotations
 
@@ -47,8 +47,12 @@ CHINESE = QuestionPrompt(
 
 def question_prompt(question: str) -> QuestionPrompt:
     """The prompt in the question's language: Chinese, or else English."""
-    chinese = _HAN.search(question) is not None and _KANA_OR_HANGUL.search(question) is None
-    return CHINESE if chinese else ENGLISH
+    return CHINESE if is_chinese(question) else ENGLISH
+
+
+def is_chinese(text: str) -> bool:
+    """Whether a text is to be spoken of in Chinese: it has Chinese characters, and no kana."""
+    return _HAN.search(text) is not None and _KANA_OR_HANGUL.search(text) is None
 
 
 def filled(prompt: QuestionPrompt, question: str, passages: Sequence[str]) -> str:

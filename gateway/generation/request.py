@@ -17,7 +17,7 @@ class TokenPrompt:
     ids: bytes
 
 
-Prompt: TypeAlias = "str | TokenPrompt | tokenizer_pb.ChatPrompt"
+Prompt: TypeAlias = "str | TokenPrompt | tokenizer_pb.ChatPrompt | tokenizer_pb.MediaPrompt"
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 500
@@ -79,6 +79,8 @@ class GenerationRequest:
     """Whether the text goes on after the tokens that end one."""
     draft_tokens: int | None = None
     no_cache: bool = False
+    features: shard_pb.Features | None = None
+    """With a `MediaPrompt`: what the text is about."""
 
 
 @dataclass(frozen=True, slots=True)

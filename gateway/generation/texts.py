@@ -37,6 +37,7 @@ class GrowingText:
         self._scanner = StopScanner(stops)
         self._stop_tokens = stop_tokens
         self._reason: str | None = None
+        self._ids = bytearray()
         self._characters = 0
         # Tokens whose first character is not out yet.
         self._tokens: list[Token] = []
@@ -49,9 +50,15 @@ class GrowingText:
         """Whether a stop string ended it."""
         return self._scanner.matched
 
+    @property
+    def ended(self) -> bool:
+        """Whether its last token is here; `gain` may still be to come."""
+        return self._reason is not None
+
     def take(self, delta: shard_pb.TextDelta) -> None:
         """Takes tokens from the shards; they become text in `gain`."""
         ids: bytes = delta.token_ids
+        self._ids += ids
         places = list(delta.logprobs)
         self.count += len(ids) // 4
         self._reason = _REASONS.get(delta.finish_reason)
@@ -59,6 +66,10 @@ class GrowingText:
             ids, places = ids[:-4], places[: len(ids) // 4 - 1]
         self._window += ids
         self._places += places
+
+    def resumed(self) -> shard_pb.ResumedText:
+        """What another stage 0 must know to go on with it."""
+        return shard_pb.ResumedText(token_ids=bytes(self._ids), ended=self.done or self.ended)
 
     def item(self) -> tokenizer_pb.DecodeItem:
         """What the tokenizer is asked."""

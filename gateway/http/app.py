@@ -10,12 +10,16 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gateway.access.caller import spend
+from gateway.access.control import AccessControl
+from gateway.access.http import Gate
 from gateway.batch import Outcome, run_batch
 from gateway.desk import Desk
 from gateway.documents.api import DocumentsApi
@@ -25,19 +29,23 @@ from gateway.http.exchange import SSE, json_response, request_id, timeout_given,
 from gateway.http.failures import failure_response
 from gateway.http.middleware import RequestScope
 from gateway.http.openai.api import OpenAiApi
+from gateway.http.openai.audio import AudioApi
 from gateway.http.openapi import openapi_document
-from gateway.http.page import Page
+from gateway.http.page import WebFiles
 from gateway.http.problems import catalogue, problem_of
 from gateway.http.views import (
     ALIVE,
     BATCH_LINE,
     MODELS,
     PIPELINE,
+    SCENARIO_LIST,
     Alive,
     BatchLine,
     models_of,
     pipeline_of,
+    scenario_list,
 )
+from gateway.live.api import LiveFigures
 from gateway.metrics import GatewayMetrics
 from gateway.models import Models
 from gateway.schema import QA_RESPONSE, QaRequest, QaResponse, invalid, parse_request
@@ -50,14 +58,18 @@ WEB = Path(__file__).parent.parent / "web"
 class HttpApi:
     """The endpoints."""
 
-    def __init__(self, settings: GatewaySettings, models: Models, desk: Desk) -> None:
+    def __init__(
+        self, settings: GatewaySettings, models: Models, desk: Desk, live: LiveFigures
+    ) -> None:
         self._settings = settings
+        self._live = live
         self._models = models
         self._desk = desk
-        self._openai = OpenAiApi(settings, models, desk.generator)
+        self._openai = OpenAiApi(settings, models, desk.generator, desk.captioner)
+        self._audio = AudioApi(settings, desk.transcriber)
         self._documents = DocumentsApi(settings, desk.documents, desk.collections)
         self._openapi = to_json(openapi_document(settings))
-        self._pages = {name: Page(WEB / name) for name in ("index.html", "docs.html")}
+        self._web = WebFiles(WEB, settings.cors_allowed)
         self._problems = {str(entry["type"]): entry for entry in catalogue()}
 
     async def ask(self, request: Request) -> Response:
@@ -75,6 +87,7 @@ class HttpApi:
         """POST /v1/qa/batch"""
         timeout = timeout_given(request, self._settings.longest_timeout)
         items = _items(await read_json(request, self._settings), self._settings)
+        spend(len(items) - 1)
 
         def parse(index: int, item: Any) -> QaRequest:
             return parse_request(item, self._settings, f"/requests/{index}")
@@ -108,6 +121,10 @@ class HttpApi:
         """GET /v1/models"""
         return json_response(MODELS.dump_json(models_of(self._models)))
 
+    async def scenarios(self, _: Request) -> Response:
+        """GET /v1/scenarios"""
+        return json_response(SCENARIO_LIST.dump_json(scenario_list()))
+
     async def pipeline(self, _: Request) -> Response:
         """GET /v1/pipeline"""
         return json_response(PIPELINE.dump_json(pipeline_of(self._models)))
@@ -123,13 +140,13 @@ class HttpApi:
             raise GatewayError("not-found", "There is no such kind of problem.")
         return json_response(to_json(entry))
 
-    async def page(self, _: Request) -> Response:
+    async def page(self, request: Request) -> Response:
         """GET /"""
-        return self._pages["index.html"].response()
+        return self._web.page("index.html", request)
 
-    async def docs(self, _: Request) -> Response:
+    async def docs(self, request: Request) -> Response:
         """GET /docs"""
-        return self._pages["docs.html"].response()
+        return self._web.page("docs.html", request)
 
     def routes(self) -> list[Route]:
         """All routes; those of /openapi.json are checked against it by a test."""
@@ -141,7 +158,10 @@ class HttpApi:
             Route("/v1/models/{model}", self._openai.model),
             Route("/v1/chat/completions", self._openai.chat, methods=["POST"]),
             Route("/v1/completions", self._openai.completions, methods=["POST"]),
+            *self._audio.routes(),
+            Route("/v1/scenarios", self.scenarios),
             Route("/v1/pipeline", self.pipeline),
+            *self._live.routes(),
             Route("/healthz", self.healthz),
             Route("/readyz", self.readyz),
             Route("/metrics", self.metrics),
@@ -149,18 +169,37 @@ class HttpApi:
             Route("/openapi.json", self.openapi),
             Route("/", self.page, include_in_schema=False),
             Route("/docs", self.docs, include_in_schema=False),
+            Route("/web/{name:path}", self._web.file, include_in_schema=False),
         ]
 
 
 def build_app(
-    settings: GatewaySettings, models: Models, desk: Desk, metrics: GatewayMetrics
+    settings: GatewaySettings,
+    models: Models,
+    desk: Desk,
+    metrics: GatewayMetrics,
+    live: LiveFigures,
+    access: AccessControl | None = None,
 ) -> ASGIApp:
-    """The ASGI application."""
-    routes = HttpApi(settings, models, desk).routes()
+    """The ASGI application; `access`: who may use it, `None`: everybody."""
+    routes = HttpApi(settings, models, desk, live).routes()
     handlers: Mapping[Any, Any] = {GatewayError: _on_error, HTTPException: _on_http_error}
-    router = ExceptionMiddleware(Router(routes, redirect_slashes=False), handlers=handlers)
+    routing: ASGIApp = Router(routes, redirect_slashes=False)
+    if access is not None:
+        routing = Gate(routing, access, open_metrics=settings.open_metrics)
+    router = ExceptionMiddleware(routing, handlers=handlers)
     paths = {route.endpoint: route.path for route in routes}
-    return RequestScope(router, metrics, paths)
+    app: ASGIApp = RequestScope(router, metrics, paths)
+    if settings.cors_allowed:
+        # Outermost: a browser's preflight has neither key nor body.
+        app = CORSMiddleware(
+            app,
+            allow_origins=settings.cors_allowed,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "X-Request-ID", "X-Trace-ID"],
+        )
+    return app
 
 
 def _on_error(request: Request, error: GatewayError) -> Response:

@@ -62,15 +62,18 @@ async def _read(request: Request, settings: GatewaySettings) -> bytes:
 async def limited(request: Request, settings: GatewaySettings) -> AsyncGenerator[bytes, None]:
     """The body's pieces as they come, for a body that is not held in memory.
 
-    Raises `GatewayError` where it is too large, or does not come at all for a while.
+    Raises `GatewayError` where it is too large, does not come at all for a while, or takes too
+    long altogether.
     """
     limit = settings.max_body_bytes
     await _check_declared(request, limit)
     received = 0
     more = True
+    loop = asyncio.get_running_loop()
+    end = loop.time() + settings.upload_timeout
     while more:
         try:
-            async with asyncio.timeout(settings.body_timeout):
+            async with asyncio.timeout_at(min(loop.time() + settings.body_timeout, end)):
                 message = await request.receive()
         except TimeoutError:
             raise GatewayError("body-timeout", "The body stopped on its way.") from None

@@ -13,6 +13,8 @@ def failure_response(
     path: str, error: GatewayError, request_id: str, headers: dict[str, str] | None = None
 ) -> Response:
     """OpenAI's shape on the paths that are OpenAI's, problem details (RFC 9457) elsewhere."""
+    if error.kind.slug == "unauthenticated":
+        headers = {**(headers or {}), "WWW-Authenticate": 'Bearer realm="miaotui"'}
     if speaks_openai(path):
         return error_response(error, headers)
     return problem_response(error, request_id, headers)

@@ -16,6 +16,7 @@ from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.trace import SpanKind, Status, StatusCode
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import GatewayError
@@ -31,7 +32,10 @@ _METHODS = frozenset(
     ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
 )
 # Probes and scrapes come every few seconds and would be most of all traces.
-_UNTRACED = frozenset({"/healthz", "/readyz", "/metrics"})
+_UNTRACED = frozenset({"/healthz", "/readyz", "/metrics", "/v1/live"})
+# The page's files are not requests for an answer, nor is looking at traces.
+_UNTRACED_BELOW = ("/web/", "/v1/traces")
+_API = "/v1/"
 _SECURITY = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -70,15 +74,21 @@ class RequestScope:
         started = time.perf_counter()
         scheme = scope.get("scheme", "http")
         self._metrics.active_requests.add(1, {"http.request.method": method})
+        counted = method == "POST" and scope["path"].startswith(_API)
+        if counted:
+            self._metrics.live.began()
         try:
-            if scope["path"] in _UNTRACED:
+            if scope["path"] in _UNTRACED or scope["path"].startswith(_UNTRACED_BELOW):
                 await self._run(scope, receive, exchange)
             else:
                 await self._traced(scope, receive, exchange, headers, method)
         finally:
             self._metrics.active_requests.add(-1, {"http.request.method": method})
+            seconds = time.perf_counter() - started
+            if counted:
+                self._metrics.live.ended(seconds, failed=exchange.status >= 500)
             self._metrics.request_duration.record(
-                time.perf_counter() - started,
+                seconds,
                 {
                     "http.request.method": method,
                     "http.response.status_code": exchange.status,
@@ -109,6 +119,7 @@ class RequestScope:
             attributes["server.address"], attributes["server.port"] = server[0], server[1] or 0
         if client := scope.get("client"):
             attributes["client.address"] = client[0]
+        started = time.perf_counter()
         with _tracer.start_as_current_span(
             method,
             context=extract_context(carrier),
@@ -128,10 +139,14 @@ class RequestScope:
             span.set_attribute("http.response.status_code", exchange.status)
             if exchange.status >= 500:
                 span.set_status(Status(StatusCode.ERROR))
+            took = time.perf_counter() - started
+            self._metrics.lone.ended(span.get_span_context(), method, route, exchange.status, took)
 
     async def _run(self, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
         try:
             await self._app(scope, receive, exchange.send)
+        except ClientDisconnect:
+            log.debug("the caller of %s was gone before its response", exchange.request_id)
         except Exception as error:  # noqa: BLE001 - the last net
             # Code lines only: an exception's message may quote what the caller sent.
             where = "".join(traceback.format_tb(error.__traceback__)[-4:])
@@ -176,4 +191,10 @@ class _Exchange:
             if self.status in (408, 413):
                 # What is left of the body must not be read as the next request.
                 message["headers"].append((b"connection", b"close"))
-        await self._send(message)
+        try:
+            await self._send(message)
+        except RuntimeError as error:
+            # uvloop's way to say that the connection is closed.
+            if "handler is closed" in str(error):
+                raise ClientDisconnect from None
+            raise

@@ -7,11 +7,13 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from gateway.access.openapi import SCHEMES, add_access
 from gateway.documents.openapi import COLLECTION_EXAMPLE, document_paths, document_schemas
 from gateway.errors import KINDS
 from gateway.http.openai.document import openai_paths, openai_schemas
 from gateway.http.problems import MEDIA_TYPE, Problem
-from gateway.http.views import Alive, BatchLine, ModelList, PipelineView
+from gateway.http.views import Alive, BatchLine, ModelList, PipelineView, ScenarioList
+from gateway.live.openapi import live_paths, live_schemas
 from gateway.schema import EXAMPLE_EN, EXAMPLE_ZH, QaRequest, QaResponse
 from gateway.settings import GatewaySettings
 from miaotui import __version__
@@ -186,53 +188,72 @@ def openapi_document(settings: GatewaySettings) -> Json:
             {"name": "texts", "description": "Text generation, as OpenAI's API has it"},
             {"name": "service", "description": "What is served and how it is"},
         ],
-        "paths": {
-            "/v1/qa": {"post": ask},
-            "/v1/qa/batch": {"post": batch},
-            **openai_paths(settings, request_headers),
-            **document_paths(),
-            "/v1/models": _get(
-                *("listModels", "The models served", "service"),
-                _ok("The models.", _content("ModelList")),
-            ),
-            "/v1/pipeline": _get(
-                *("describePipeline", "The stages of the model", "service"),
-                _ok("The stages.", _content("PipelineView")),
-            ),
-            "/healthz": _get(
-                *("alive", "Whether the gateway runs", "service"),
-                _ok("It runs.", _content("Alive")),
-            ),
-            "/readyz": _get(
-                *("ready", "Whether questions can be answered", "service"),
-                _ok("They can.", _content("ModelList")),
-                503,
-            ),
-            "/metrics": _get(
-                *("metrics", "Metrics for Prometheus", "service"), _ok("Metrics.", text)
-            ),
-            "/problems/{slug}": _get(
-                *("describeProblem", "What a kind of problem means", "service"),
-                _ok("The kind.", anything),
-                404,
-                parameters=[slug],
-            ),
-            "/openapi.json": _get(
-                *("openapi", "This document", "service"), _ok("The document.", anything)
-            ),
-        },
+        "paths": add_access(
+            {
+                "/v1/qa": {"post": ask},
+                "/v1/qa/batch": {"post": batch},
+                **openai_paths(settings, request_headers),
+                **document_paths(),
+                "/v1/models": _get(
+                    *("listModels", "The models served", "service"),
+                    _ok("The models.", _content("ModelList")),
+                ),
+                "/v1/scenarios": _get(
+                    *("listScenarios", "Ready prompts for chats", "texts"),
+                    _ok("The prompts.", _content("ScenarioList")),
+                ),
+                "/v1/pipeline": _get(
+                    *("describePipeline", "The stages of the model", "service"),
+                    _ok("The stages.", _content("PipelineView")),
+                ),
+                **live_paths(),
+                "/healthz": _get(
+                    *("alive", "Whether the gateway runs", "service"),
+                    _ok("It runs.", _content("Alive")),
+                ),
+                "/readyz": _get(
+                    *("ready", "Whether questions can be answered", "service"),
+                    _ok("They can.", _content("ModelList")),
+                    503,
+                ),
+                "/metrics": _get(
+                    *("metrics", "Metrics for Prometheus", "service"), _ok("Metrics.", text)
+                ),
+                "/problems/{slug}": _get(
+                    *("describeProblem", "What a kind of problem means", "service"),
+                    _ok("The kind.", anything),
+                    404,
+                    parameters=[slug],
+                ),
+                "/openapi.json": _get(
+                    *("openapi", "This document", "service"), _ok("The document.", anything)
+                ),
+            },
+            settings,
+        ),
         "components": {
+            "securitySchemes": SCHEMES,
             "schemas": {
                 **_schemas(settings),
                 **openai_schemas(),
                 **document_schemas(settings),
-            }
+                **live_schemas(),
+            },
         },
     }
 
 
 def _schemas(settings: GatewaySettings) -> Json:
-    models = (QaRequest, QaResponse, BatchLine, ModelList, PipelineView, Alive, Problem)
+    models = (
+        QaRequest,
+        QaResponse,
+        BatchLine,
+        ModelList,
+        PipelineView,
+        ScenarioList,
+        Alive,
+        Problem,
+    )
     _, document = TypeAdapter.json_schemas(
         [
             (model, "validation" if model is QaRequest else "serialization", TypeAdapter(model))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
+from gateway.generation.scenarios import SCENARIOS
 from gateway.http.problems import Problem
 from gateway.models import Models
 from gateway.schema import QaResponse
-from gateway.upstream import Pair, Served
+from gateway.stages import StageReplica, State
+from gateway.upstream import Pair, Role, Served
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tensor_pb2 as tensor_pb
 
@@ -39,8 +42,11 @@ class ModelView:
     ]
     ready: Annotated[bool, Field(description="Whether it answers now.")]
     kind: Annotated[
-        Literal["extractive", "generative"],
-        Field(description="extractive: finds spans; generative: writes text."),
+        Role,
+        Field(
+            description="extractive: finds spans; generative: writes text; transcribing: writes "
+            "down what is said; captioning: describes pictures."
+        ),
     ]
 
 
@@ -64,6 +70,21 @@ class ModelList:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """A replica of a stage."""
+
+    replica: Annotated[int, Field(description="Among those of its stage, from 0.")]
+    address: Annotated[str, Field(description="host:port.")]
+    state: State
+    reason: Annotated[str, Field(description="Why it does not serve; empty where it does.")]
+    model_fingerprint: Annotated[
+        str, Field(description="During an upgrade there may be two; empty: not told.")
+    ]
+    memory_bytes: Annotated[int | None, Field(description="Of its process, where told.")]
+    queued_sequences: Annotated[int | None, Field(description="What waits there, where told.")]
+
+
+@dataclass(frozen=True, slots=True)
 class StageView:
     """One stage of the pipeline."""
 
@@ -74,13 +95,14 @@ class StageView:
     device: str
     compute_dtype: str
     wire_dtype: str
+    replicas: list[ReplicaView]
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineView:
     """The stages of a model, as stage 0 told them at the gateway's last look."""
 
-    kind: Literal["extractive", "generative"]
+    kind: Role
     ready: bool
     reason: Annotated[str, Field(description="Why it does not answer; empty when ready.")]
     stages: list[StageView]
@@ -90,6 +112,26 @@ class PipelineView:
     sequences_total: int
     tokens_total: int
     others: Annotated[list[PipelineView], Field(description="Those of the other models.")]
+
+
+@dataclass(frozen=True, slots=True)
+class ScenarioView:
+    """A ready prompt."""
+
+    name: Annotated[str, Field(description="For `scenario` of a chat request.")]
+    title: Annotated[dict[str, str], Field(description='By language, "en" and "zh".')]
+    instruction: Annotated[
+        dict[str, str],
+        Field(description="What precedes the user's message, in the language of that."),
+    ]
+    needs_target: Annotated[bool, Field(description="Whether it heeds `to`, a language.")]
+
+
+@dataclass(frozen=True, slots=True)
+class ScenarioList:
+    """The ready prompts for models that write."""
+
+    scenarios: list[ScenarioView]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +146,17 @@ OPENAI_MODEL: TypeAdapter[OpenAiModel] = TypeAdapter(OpenAiModel)
 MODELS: TypeAdapter[ModelList] = TypeAdapter(ModelList)
 PIPELINE: TypeAdapter[PipelineView] = TypeAdapter(PipelineView)
 ALIVE: TypeAdapter[Alive] = TypeAdapter(Alive)
+SCENARIO_LIST: TypeAdapter[ScenarioList] = TypeAdapter(ScenarioList)
+
+
+def scenario_list() -> ScenarioList:
+    """All ready prompts."""
+    return ScenarioList(
+        [
+            ScenarioView(name, dict(one.title), dict(one.instruction), one.needs_target)
+            for name, one in SCENARIOS.items()
+        ]
+    )
 
 
 def models_of(models: Models) -> ModelList:
@@ -127,24 +180,24 @@ def models_of(models: Models) -> ModelList:
     )
 
 
-def openai_model(pair: Pair, served: Served) -> OpenAiModel:
+def openai_model(pair: Pair[Any, Any], served: Served) -> OpenAiModel:
     """A model in OpenAI's shape."""
     return OpenAiModel(id=served.name, created=pair.since)
 
 
 def pipeline_of(models: Models) -> PipelineView:
-    """The stages as last seen; the extractive model's first."""
-    first, *others = (_pipeline(pair) for pair in models.pairs)
+    """The stages as last seen; the extractive model's first, the encoder's last."""
+    first, *others = (_pipeline(pair) for pair in models.all)
     return replace(first, others=others)
 
 
-def _pipeline(pair: Pair) -> PipelineView:
+def _pipeline(pair: Pair[Any, Any]) -> PipelineView:
     told = pair.pipeline or shard_pb.ShardServiceDescribeResponse()
     return PipelineView(
         kind=pair.role,
         ready=pair.served is not None,
         reason=pair.reason,
-        stages=[_stage(info) for info in told.pipeline],
+        stages=[_stage(info, pair.stages) for info in told.pipeline],
         model_parameter_bytes=told.stage.model_parameter_bytes,
         queued_sequences=told.queued_sequences,
         running_sequences=told.running_sequences,
@@ -154,7 +207,7 @@ def _pipeline(pair: Pair) -> PipelineView:
     )
 
 
-def _stage(info: shard_pb.StageInfo) -> StageView:
+def _stage(info: shard_pb.StageInfo, known: Sequence[StageReplica]) -> StageView:
     return StageView(
         index=info.index,
         first_layer=info.first_layer,
@@ -163,6 +216,19 @@ def _stage(info: shard_pb.StageInfo) -> StageView:
         device=info.device,
         compute_dtype=_dtype(info.compute_dtype),
         wire_dtype=_dtype(info.wire_dtype),
+        replicas=[_replica(one) for one in known if one.index == info.index],
+    )
+
+
+def _replica(one: StageReplica) -> ReplicaView:
+    return ReplicaView(
+        replica=one.replica,
+        address=one.address,
+        state=one.state,
+        reason=one.reason,
+        model_fingerprint="" if one.info is None else one.info.model_fingerprint,
+        memory_bytes=one.memory_bytes,
+        queued_sequences=None if one.told is None else one.told.queued_sequences,
     )
 
 

@@ -14,6 +14,7 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gateway.calling import time_left
 from gateway.errors import FieldError, GatewayError
 from gateway.generation.generator import Generator
 from gateway.generation.merging import merged
@@ -21,12 +22,14 @@ from gateway.generation.request import GenerationRequest, News, TextNews, TokenP
 from gateway.http.body import read_json
 from gateway.http.exchange import json_response, request_id, timeout_given, unless_gone
 from gateway.http.openai.frames import Frames, chat_logprobs, completion_logprobs, usage_body
-from gateway.http.openai.parse import parse_chat, parse_completion
+from gateway.http.openai.parse import Chat, parse_chat, parse_completion
+from gateway.http.openai.pictures import TEXT_ONLY
 from gateway.http.openai.schema import WritingRequest
 from gateway.http.openai.stream import NewsStream
 from gateway.http.views import OPENAI_MODEL, openai_model
+from gateway.media.captioner import Captioner
 from gateway.models import Models
-from gateway.schema import CacheStatus
+from gateway.schema import CacheStatus, invalid
 from gateway.settings import GatewaySettings
 from gateway.upstream import Served
 
@@ -60,32 +63,71 @@ class OpenAiApi:
     """The endpoints."""
 
     def __init__(
-        self, settings: GatewaySettings, models: Models, generator: Generator | None
+        self,
+        settings: GatewaySettings,
+        models: Models,
+        generator: Generator | None,
+        captioner: Captioner | None = None,
     ) -> None:
         self._settings = settings
+        self._chats = settings.model_copy(update={"max_body_bytes": settings.max_chat_bytes})
         self._models = models
         self._generator = generator
+        self._captioner = captioner
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
         timeout = self._timeout(request)
-        chat = parse_chat(await read_json(request, self._settings), self._settings)
+        chat = parse_chat(await read_json(request, self._chats), self._settings)
+        deadline = asyncio.get_running_loop().time() + timeout
+        if chat.picture is not None or self._sees(chat.read.model):
+            return await self._describe(request, chat, deadline)
         generator = self._writer(chat.read.model)
-        served = await _served(generator, chat.read.model)
-        reply = _Reply(True, chat.read, [chat.request], chat.request.n, served, [""], timeout)
+        served = await served_model(request, generator, chat.read.model, deadline)
+        left = time_left(deadline)
+        reply = _Reply(True, chat.read, [chat.request], chat.request.n, served, [""], left)
+        return await self._respond(request, generator, reply)
+
+    def _sees(self, model: str | None) -> bool:
+        """Whether a chat with this model is about a picture."""
+        if self._captioner is None:
+            return False
+        known = self._captioner.generator.pair.last
+        if model is None:
+            return self._generator is None
+        return known is not None and model in (known.name, known.fingerprint)
+
+    async def _describe(self, request: Request, chat: Chat, deadline: float) -> Response:
+        """The reply of the model that sees; a picture is all that it is shown of the chat."""
+        captioner, picture = self._captioner, chat.picture
+        if picture is None or captioner is None:
+            detail = "the last message must hold a picture: this model describes pictures"
+            raise invalid([FieldError("/messages", detail)])
+        writer = None if self._generator is None else self._generator.pair.last
+        if writer is not None and chat.read.model in (writer.name, writer.fingerprint):
+            raise invalid([FieldError(picture.place, TEXT_ONLY)])
+        generator = captioner.generator
+        served = await served_model(request, generator, chat.read.model, deadline)
+        work = captioner.about(
+            chat.request, picture.data, served, request_id(request), deadline, picture.place
+        )
+        about = await unless_gone(request.receive, work)
+        reply = _Reply(True, chat.read, [about], about.n, served, [""], time_left(deadline))
         return await self._respond(request, generator, reply)
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions"""
         timeout = self._timeout(request)
         completion = parse_completion(await read_json(request, self._settings), self._settings)
+        deadline = asyncio.get_running_loop().time() + timeout
         generator = self._writer(completion.read.model)
-        served = await _served(generator, completion.read.model)
+        served = await served_model(request, generator, completion.read.model, deadline)
         echoes = [""] * len(completion.requests)
         if completion.read.echo:
             echoes = [await _echo(generator, one) for one in completion.requests]
         n = completion.requests[0].n
-        reply = _Reply(False, completion.read, completion.requests, n, served, echoes, timeout)
+        left = time_left(deadline)
+        reply = _Reply(False, completion.read, completion.requests, n, served, echoes, left)
         return await self._respond(request, generator, reply)
 
     async def model(self, request: Request) -> Response:
@@ -167,8 +209,16 @@ class OpenAiApi:
         return NewsStream(frames, begin, earliest, news, with_usage)
 
 
-async def _served(generator: Generator, model: str | None) -> Served:
-    served = await generator.pair.verified()
+async def served_model(
+    request: Request, generator: Generator, model: str | None, deadline: float
+) -> Served:
+    """The model that `generator` writes with, which must be `model` where that is named.
+
+    Raises `GatewayError`.
+    """
+    work = generator.served(time_left(deadline))
+    at_once = generator.pair.served is not None
+    served = await (work if at_once else unless_gone(request.receive, work))
     if model is not None and model not in (served.name, served.fingerprint):
         raise GatewayError(
             "model-not-found",

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from gateway.http.openai.audio_schema import audio_paths, audio_schemas
 from gateway.http.openai.schema import ChatCompletionRequest, CompletionRequest
 from gateway.settings import GatewaySettings
 
@@ -135,6 +136,7 @@ def openai_paths(settings: GatewaySettings, headers: list[Json]) -> Json:
             *("CompletionRequest", "Completion", "Completion"),
             _COMPLETION_EXAMPLE,
         ),
+        **audio_paths(settings, parameters, _errors(*every)),
         "/v1/models/{model}": {
             "get": {
                 "operationId": "describeModel",
@@ -270,4 +272,4 @@ def openai_schemas() -> Json:
         "Completion": completion,
     }
     schemas: Json = document["$defs"]
-    return {**schemas, **own}
+    return {**schemas, **own, **audio_schemas()}

@@ -13,12 +13,15 @@ from gateway.errors import GatewayError
 # Other statuses than for problem details: OpenAI's clients know 400 and 429 better.
 _STATUSES = {"invalid-request": 400, "context-too-long": 400, "overloaded": 429}
 _CODES = {
+    "unauthenticated": "invalid_api_key",
+    "rate-limited": "rate_limit_exceeded",
+    "quota-exceeded": "insufficient_quota",
     "invalid-request": None,
     "context-too-long": "context_length_exceeded",
     "overloaded": "rate_limit_exceeded",
 }
 # All paths under these answer in this shape.
-_PATHS = re.compile(r"/v1/(chat/|completions$|models/)")
+_PATHS = re.compile(r"/v1/(chat/|completions$|audio/|models/)")
 
 
 def speaks_openai(path: str) -> bool:

@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from gateway.errors import FieldError, GatewayError
 from gateway.generation.request import GenerationRequest, Prompt, Sampling, TokenPrompt
+from gateway.generation.scenarios import SCENARIOS
+from gateway.http.openai.pictures import IMAGE_PART, TEXT_ONLY, Picture, Pictures
 from gateway.http.openai.schema import (
     IGNORED_CHAT,
     IGNORED_COMPLETION,
@@ -34,6 +36,8 @@ class Chat(NamedTuple):
 
     read: ChatCompletionRequest
     request: GenerationRequest
+    picture: Picture | None = None
+    """What the text is to be about."""
 
 
 class Completion(NamedTuple):
@@ -52,10 +56,12 @@ def parse_chat(body: Any, settings: GatewaySettings) -> Chat:
         raise _fault("/max_tokens", "must not be set together with max_completion_tokens")
     prompt = tokenizer_pb.ChatPrompt(continue_last=read.continue_final_message)
     characters = 0
+    pictures = Pictures(settings, f"/messages/{len(read.messages) - 1}")
     for index, message in enumerate(read.messages):
-        role, content, more = _message(message, f"/messages/{index}")
+        role, content, more = _message(message, f"/messages/{index}", pictures)
         characters += len(content) + len(more)
         prompt.messages.add(role=role, content=content, more_json=more)
+    characters += _set_scene(read, prompt)
     if read.tools and read.tool_choice != "none":
         prompt.tools_json = _json(read.tools, "/tools")
     variables = dict(read.chat_template_kwargs or {})
@@ -73,7 +79,7 @@ def parse_chat(body: Any, settings: GatewaySettings) -> Chat:
         read.max_completion_tokens or read.max_tokens or 0,
         settings,
     )
-    return Chat(read, request)
+    return Chat(read, request, pictures.found)
 
 
 def parse_completion(body: Any, settings: GatewaySettings) -> Completion:
@@ -109,7 +115,7 @@ def _validated(model: type[_Model], body: Any, ignored: frozenset[str]) -> _Mode
         raise invalid(list(faults.values())) from None
 
 
-def _message(message: Mapping[str, Any], pointer: str) -> tuple[str, str, str]:
+def _message(message: Mapping[str, Any], pointer: str, pictures: Pictures) -> tuple[str, str, str]:
     """(role, content, further fields as JSON)"""
     role = message.get("role")
     if not isinstance(role, str) or not role:
@@ -117,7 +123,8 @@ def _message(message: Mapping[str, Any], pointer: str) -> tuple[str, str, str]:
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(
-            _part(part, f"{pointer}/content/{index}") for index, part in enumerate(content)
+            _part(part, f"{pointer}/content/{index}", pictures)
+            for index, part in enumerate(content)
         )
     elif content is None:
         content = ""
@@ -134,14 +141,38 @@ def _message(message: Mapping[str, Any], pointer: str) -> tuple[str, str, str]:
     )
 
 
-def _part(part: Any, pointer: str) -> str:
+def _set_scene(read: ChatCompletionRequest, prompt: tokenizer_pb.ChatPrompt) -> int:
+    """Puts the scenario's instruction before a user's message; returns its length.
+
+    Not as a system message: not every model's template knows those.
+    """
+    if read.scenario is None:
+        if read.to is not None:
+            raise _fault("/to", 'needs "scenario": "translate"')
+        return 0
+    scenario = SCENARIOS[read.scenario]
+    if read.to is not None and not scenario.needs_target:
+        raise _fault("/to", 'needs "scenario": "translate"')
+    said = [message for message in prompt.messages if message.role == "user"]
+    if not said:
+        raise _fault("/scenario", 'needs a message of the role "user"')
+    message = said[0] if scenario.whole_chat else said[-1]
+    before = len(message.content)
+    message.content = scenario.before(message.content, read.to)
+    return len(message.content) - before
+
+
+def _part(part: Any, pointer: str, pictures: Pictures) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
         return str(part["text"])
     if kind == "refusal" and isinstance(part.get("refusal"), str):
         return str(part["refusal"])
+    if kind == IMAGE_PART:
+        pictures.take(part, pointer)
+        return ""
     if isinstance(kind, str) and kind.startswith(("image", "input_", "audio", "video", "file")):
-        raise _fault(pointer, "images, sound and files are not taken: the model reads text only")
+        raise _fault(pointer, TEXT_ONLY)
     raise _fault(pointer, 'must be a text part: {"type": "text", "text": …}')
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.generation.request import MAX_LOGPROBS, MAX_STOP_CHARACTERS, MAX_STOPS
+from gateway.generation.scenarios import ScenarioName
 
 # Fields of OpenAI's that change nothing here: taken, and not looked at.
 IGNORED_CHAT = frozenset(
@@ -122,7 +123,9 @@ class ChatCompletionRequest(WritingRequest):
     messages: list[dict[str, Any]] = Field(
         min_length=1,
         description="Objects with `role`, `content` (text, or a list of text parts), and what "
-        "else the model's chat template knows, such as `tool_calls`.",
+        "else the model's chat template knows, such as `tool_calls`. With a model that describes "
+        "pictures, the last one holds one `image_url` part with a data URL (PNG, JPEG, WebP, "
+        "GIF): that picture is all that it is shown.",
     )
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="Most tokens to write.")
     max_completion_tokens: int | None = Field(
@@ -146,6 +149,16 @@ class ChatCompletionRequest(WritingRequest):
     )
     continue_final_message: bool = Field(
         False, description="Continue the last message instead of beginning another."
+    )
+    scenario: ScenarioName | None = Field(
+        None, description="Puts a ready prompt before the user's message; see /v1/scenarios."
+    )
+    to: str | None = Field(
+        None,
+        min_length=1,
+        max_length=40,
+        description='With scenario "translate": the language, such as "zh" or "French". '
+        "Default: Chinese texts into English, others into Chinese.",
     )
 
 

@@ -1,0 +1,1 @@
+"""Live figures and recent traces, without any outside tool."""

@@ -1,0 +1,33 @@
+"""How many requests are worked on at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from gateway.errors import GatewayError
+
+
+class Slots:
+    """Requests of one kind, those that wait for a model's return among them."""
+
+    def __init__(
+        self, most: int, refused: Callable[[], None], changed: Callable[[int], None]
+    ) -> None:
+        """`refused` and `changed` (by 1 or -1) are told of for metrics."""
+        self._most, self._refused, self._changed = most, refused, changed
+        self._taken = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Holds one. Raises `GatewayError` (overloaded) at once where all are taken."""
+        if self._taken >= self._most:
+            self._refused()
+            raise GatewayError("overloaded", "The gateway works on as many requests as it may.")
+        self._taken += 1
+        self._changed(1)
+        try:
+            yield
+        finally:
+            self._taken -= 1
+            self._changed(-1)
