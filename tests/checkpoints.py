@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from math import log
 from pathlib import Path
@@ -77,6 +78,15 @@ EXAMPLES: tuple[tuple[str, str], ...] = (
 _PUNCTUATION = list("!\"#$%&'()*+,-./:;<=>?@[]_{|}~,。、;:?!“”‘’()《》【】…—·")
 _ALPHABET = [*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", *_PUNCTUATION]
 _SUFFIXES = ["ce", "ed", "en", "er", "es", "ing", "ion", "ly", "ment", "th"]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads, and lose much on cores that others use."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def training_texts() -> list[str]:

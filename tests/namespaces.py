@@ -1,12 +1,14 @@
-"""Network namespaces as separate hosts, with cables between them that can be slow or broken.
+"""Network namespaces as separate hosts, with links between them that can be slow or broken.
 
-Host i is reached from this process at `Hosts.outside(i)`, without delay; neighbours i and i + 1
-reach each other over a cable (tests/wire.py). Needs root and `ip` (iproute2).
+Host i is reached from this process at `Hosts.outside(i)`, without delay; every two hosts reach
+each other at `Hosts.address(i)` over a link of their own (tests/wire.py). Needs root and `ip`
+(iproute2).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 ROOT = Path(__file__).parent.parent
+_DEVICE = "cable"
 
 
 def missing() -> str:
@@ -33,25 +36,63 @@ def missing() -> str:
     return ""
 
 
+class Link:
+    """What happens to packets between two hosts; the same both ways."""
+
+    def __init__(self, hosts: Hosts, first: int, second: int) -> None:
+        self._hosts = hosts
+        self._ends = f"{first} {second}"
+
+    def delay(self, seconds: float) -> None:
+        """Sets the one-way delay."""
+        self._tell(f"delay {seconds}")
+
+    def jitter(self, seconds: float) -> None:
+        """Sets by how much more, at most, a packet may be delayed."""
+        self._tell(f"jitter {seconds}")
+
+    def loss(self, share: float) -> None:
+        """Sets the share of packets that are lost."""
+        self._tell(f"loss {share}")
+
+    def rate(self, bytes_a_second: float) -> None:
+        """Sets how much passes in a second, each way; 0: any amount."""
+        self._tell(f"rate {bytes_a_second}")
+
+    def cut(self) -> None:
+        """Packets vanish."""
+        self._tell("cut")
+
+    def mend(self) -> None:
+        """Undoes `cut`."""
+        self._tell("mend")
+
+    def reset(self) -> None:
+        """Undoes everything."""
+        self._tell("reset")
+
+    def _tell(self, what: str) -> None:
+        self._hosts.tell(f"{self._ends} {what}")
+
+
 class Hosts:
-    """`with Hosts(3) as hosts: …` makes three hosts in a row, and removes them afterwards."""
+    """`with Hosts(3) as hosts: …` makes three hosts, and removes them afterwards."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._names = [f"miaotui-{os.getpid()}-{index}" for index in range(count)]
-        self._wires: list[subprocess.Popen[str]] = []
+        self._wire: subprocess.Popen[str] | None = None
         # Two runs at once must not take the same addresses.
         self._net = 16 + os.getpid() % 200
+        self._cables = [f"mt{self._net}o{index}" for index in range(count)]
 
     def outside(self, host: int) -> str:
         """The address of a host for this process."""
         return f"10.{self._net}.{host}.2"
 
-    def inside(self, host: int, seen_from: int) -> str:
-        """The address of a host for its neighbour."""
-        wire, side = min(host, seen_from), 1 if host < seen_from else 2
-        assert abs(host - seen_from) == 1, "only neighbours have a cable"
-        return f"10.{self._net}.{100 + wire}.{side}"
+    def address(self, host: int) -> str:
+        """The address of a host for the other hosts, and for itself."""
+        return f"10.{self._net}.200.{host + 1}"
 
     def command(self, host: int, argv: Sequence[str]) -> list[str]:
         """A command line that runs `argv` on a host."""
@@ -59,28 +100,30 @@ class Hosts:
         assert ip is not None
         return [ip, "netns", "exec", self._names[host], *argv]
 
-    def delay(self, wire: int, seconds: float) -> None:
-        """Sets the one-way delay of the cable between hosts `wire` and `wire` + 1."""
-        self._tell(wire, f"delay {seconds}")
+    def link(self, first: int, second: int) -> Link:
+        """The link between two hosts."""
+        assert first != second, "a host has no link to itself"
+        return Link(self, first, second)
 
-    def loss(self, wire: int, share: float) -> None:
-        """Sets the share of packets that a cable loses."""
-        self._tell(wire, f"loss {share}")
+    def capture(self, path: Path | None) -> None:
+        """Writes every packet between hosts to a pcap file, until told None."""
+        self.tell("capture" if path is None else f"capture {path}")
 
-    def cut(self, wire: int) -> None:
-        """Stops a cable: packets vanish."""
-        self._tell(wire, "cut")
-
-    def mend(self, wire: int) -> None:
-        """Undoes `cut`."""
-        self._tell(wire, "mend")
+    def tell(self, line: str) -> None:
+        """Gives the wire a command; from now on it holds."""
+        assert self._wire is not None
+        assert self._wire.stdin is not None
+        assert self._wire.stdout is not None
+        self._wire.stdin.write(line + "\n")
+        self._wire.stdin.flush()
+        assert self._wire.stdout.readline() == "done\n", f"the links do not take {line!r}"
 
     def __enter__(self) -> Self:
+        _remove_orphans()
         try:
             for index, name in enumerate(self._names):
                 self._make(index, name)
-            for index in range(self.count - 1):
-                self._connect(index)
+            self._connect()
         except BaseException:
             self._remove()
             raise
@@ -96,7 +139,7 @@ class Hosts:
 
     def _make(self, index: int, name: str) -> None:
         _ip("netns", "add", name)
-        ours, theirs = f"mt{self._net}o{index}", f"mt{self._net}i{index}"
+        ours, theirs = self._cables[index], f"mt{self._net}i{index}"
         _ip("link", "add", ours, "type", "veth", "peer", "name", theirs, "netns", name)
         _ip("addr", "add", f"10.{self._net}.{index}.1/24", "dev", ours)
         _ip("link", "set", ours, "up")
@@ -104,38 +147,44 @@ class Hosts:
         for device in ("lo", theirs):
             _ip("-n", name, "link", "set", device, "up")
 
-    def _connect(self, wire: int) -> None:
-        device = f"cable{wire}"
-        ends = [f"{self._names[host]}:{device}" for host in (wire, wire + 1)]
-        process = subprocess.Popen(
+    def _connect(self) -> None:
+        ends = [f"{name}:{_DEVICE}:{self.address(index)}" for index, name in enumerate(self._names)]
+        self._wire = subprocess.Popen(
             [sys.executable, "-m", "tests.wire", *ends],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            start_new_session=True,  # Ctrl-C is for us: services still use the network then
         )
-        self._wires.append(process)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n", "the cable could not be made"
-        for own, other in ((wire, wire + 1), (wire + 1, wire)):
-            name = self._names[own]
-            address = [self.inside(own, other), "peer", self.inside(other, own)]
-            _ip("-n", name, "addr", "add", *address, "dev", device)
-            _ip("-n", name, "link", "set", device, "mtu", "16000", "up")
-
-    def _tell(self, wire: int, line: str) -> None:
-        pipe = self._wires[wire].stdin
-        assert pipe is not None
-        pipe.write(line + "\n")
-        pipe.flush()
+        assert self._wire.stdout is not None
+        assert self._wire.stdout.readline() == "ready\n", "the links could not be made"
+        for index, name in enumerate(self._names):
+            _ip("-n", name, "addr", "add", f"{self.address(index)}/24", "dev", _DEVICE)
+            _ip("-n", name, "link", "set", _DEVICE, "mtu", "16000", "up")
 
     def _remove(self) -> None:
-        for process in self._wires:
-            process.communicate("")
-        self._wires.clear()
-        for name in self._names:
+        if self._wire is not None:
+            self._wire.communicate("")
+            self._wire = None
+        for name, cable in zip(self._names, self._cables, strict=True):
+            # The kernel clears a removed namespace away when it likes: until then a cable into it
+            # would keep its name and addresses from the next.
+            _ip("link", "del", cable, check=False)
+            _ip("netns", "del", name, check=False)
+
+
+def _remove_orphans() -> None:
+    """Removes namespaces of runs that were killed."""
+    for line in _ip("netns", "list", check=False).stdout.splitlines():
+        name = line.split()[0] if line.split() else ""
+        made = re.fullmatch(r"miaotui-(?:try-)?(\d+)(?:-\d+)?", name)
+        if made and not Path(f"/proc/{made[1]}").exists():
             _ip("netns", "del", name, check=False)
 
 
 def _ip(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True)
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    if check and done.returncode:
+        raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+    return done

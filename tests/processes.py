@@ -23,11 +23,15 @@ from grpc import aio
 
 from miaotui.v1 import shard_pb2, shard_pb2_grpc
 from services.rpc.channel import open_channel
+from tests.nursery import MODULES, Forked, Nursery
 
 CHILD = Path(__file__).parent.parent / "miaotui" / "cli" / "child.py"
 # Starting a shard imports torch and transformers, on cores that other tests use too.
-START_SECONDS = 120.0
-STOP_SECONDS = 20.0
+START_SECONDS = 240.0
+# A gateway may finish what runs for 10 s; leaving takes a process that holds torch a while, too.
+STOP_SECONDS = 60.0
+# How long a service may take for a word on a machine that does other things at the time.
+ANSWER_SECONDS = 60.0
 # What the environment of a developer might hold must not decide a test.
 _SCRUBBED = ("MIAOTUI_", "OTEL_", "REDIS_URL")
 
@@ -35,16 +39,24 @@ _SCRUBBED = ("MIAOTUI_", "OTEL_", "REDIS_URL")
 running: list[ServiceProcess] = []
 
 
+_nursery: Nursery | None = None
+# Ports are taken before the services that listen on them start: none may be given twice.
+_given: set[int] = set()
+
+
 def free_port() -> int:
     """A free port below the range from which the kernel takes ports for clients."""
     for _ in range(200):
         port = random.randint(20_000, 31_999)
+        if port in _given:
+            continue
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
+            _given.add(port)
             return port
     raise AssertionError("no free port between 20000 and 31999")
 
@@ -55,6 +67,17 @@ def clean_environment() -> dict[str, str]:
     return {**kept, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
+def _forks(module: list[str]) -> bool:
+    return module in [[one] for one in MODULES] and os.environ.get("MIAOTUI_TEST_FORK") != "0"
+
+
+def _the_nursery() -> Nursery:
+    global _nursery
+    if _nursery is None or not _nursery.alive:
+        _nursery = Nursery(clean_environment())
+    return _nursery
+
+
 class ServiceProcess:
     """One process, whose output goes to a file. It dies with the test run, however that ends."""
 
@@ -63,27 +86,31 @@ class ServiceProcess:
         self.argv = argv
         self.env = dict(env)
         self.log_file = log
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
         self._asked_to_stop = False
 
     def start(self) -> None:
         """Starts it; again, with a further log in the same file, where it has ended."""
         assert not self.alive, f"{self.name} runs already"
         self._asked_to_stop = False
-        with self.log_file.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", str(CHILD), str(os.getpid()), *self.argv],
-                env={**clean_environment(), **self.env},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        env = {**clean_environment(), **self.env}
+        if self.argv[:2] == [sys.executable, "-m"] and _forks(self.argv[2:]):
+            self._process = _the_nursery().start(self.argv[2], env, self.log_file)
+        else:
+            with self.log_file.open("ab") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", str(CHILD), str(os.getpid()), *self.argv],
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
         if self not in running:
             running.append(self)
 
     @property
-    def process(self) -> subprocess.Popen[bytes]:
+    def process(self) -> subprocess.Popen[bytes] | Forked:
         """The process; fails where it was never started."""
         assert self._process is not None, f"{self.name} was not started"
         return self._process
@@ -333,7 +360,7 @@ class Cluster:
             stub = shard_pb2_grpc.ShardServiceStub(channel)
             request = shard_pb2.ShardServiceDescribeRequest()
             response: shard_pb2.ShardServiceDescribeResponse = await stub.Describe(
-                request, timeout=10
+                request, timeout=ANSWER_SECONDS
             )
             return response
 
@@ -360,10 +387,10 @@ class Cluster:
                 request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
                 response_deserializer=health_pb2.HealthCheckResponse.FromString,
             )
-            response = await check(health_pb2.HealthCheckRequest(), timeout=10)
+            response = await check(health_pb2.HealthCheckRequest(), timeout=ANSWER_SECONDS)
             return response.status
 
-    async def idle(self, timeout: float = 20.0) -> None:
+    async def idle(self, timeout: float = ANSWER_SECONDS) -> None:
         """Waits until no stage holds work; fails where one does not let go of it."""
         deadline = time.monotonic() + timeout
         held: list[tuple[int, int]] = []

@@ -104,6 +104,7 @@ def report(figures: list[Figure], hops: dict[str, float], console: Console) -> N
 
 def main() -> None:
     """Parses flags, measures, prints."""
+    os.environ["MIAOTUI_TEST_FORK"] = "0"  # services start as an operator starts them
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--model", type=Path, help="model directory; default: the bundled one")
     parser.add_argument("--stages", type=int, default=2)

@@ -6,6 +6,7 @@ Sides that share a process would share its interpreter lock and its threads' hab
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +27,11 @@ class Child:
             text=True,
             bufsize=1,
         )
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
 
     def __enter__(self) -> Self:
         return self
@@ -58,6 +64,9 @@ class Child:
 
 def answer_lines(**answers: Callable[..., Any]) -> None:
     """Serves a parent's questions by the function of the same name, until its input ends."""
-    for line in sys.stdin:
-        arguments = json.loads(line)
-        print(json.dumps(answers[arguments.pop("what")](**arguments)), flush=True)
+    # What libraries print must not get between the answers.
+    with os.fdopen(os.dup(1), "w") as output:
+        os.dup2(2, 1)
+        for line in sys.stdin:
+            arguments = json.loads(line)
+            print(json.dumps(answers[arguments.pop("what")](**arguments)), file=output, flush=True)

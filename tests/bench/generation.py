@@ -3,7 +3,9 @@
 Every stream has a prompt of its own; both sides decode greedily and write equally many tokens,
 prefill included, without stop tokens. Prompt lookup is off: random weights repeat themselves
 sooner than language does, and guessing would flatter. `generate` returns token ids in its own
-process; over gRPC the ring does the same from another, over HTTP the product sends text.
+process; over gRPC the ring does the same from another, over HTTP the product sends text. What
+gateway and tokenizer cost is told as CPU time, which other work on the machine does not change
+as it does rates; on a machine whose cores all compute, it is what the stages go without.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+import psutil
+
 from services.rpc.channel import open_channel
 from tests.bench.decoders import TransformersDecoder, make_decoder, prompts
 from tests.bench.figures import Figure
 from tests.bench.streams import Calls, calls_of, rate
-from tests.processes import Cluster
+from tests.processes import Cluster, ServiceProcess
 
 PROMPT_TOKENS = 64
 NO_DRAFTS = {"MIAOTUI_SHARD_DRAFT_TOKENS": "0"}
@@ -78,23 +82,49 @@ class Client:
         return len(batch) * tokens / (time.perf_counter() - started)
 
 
+def cpu_seconds(cluster: Cluster) -> tuple[float, float]:
+    """User and system time so far: of gateway and tokenizer, and of the shards."""
+
+    def spent(processes: Sequence[ServiceProcess]) -> float:
+        return sum(sum(psutil.Process(one.pid).cpu_times()[:2]) for one in processes)
+
+    return spent([cluster.gateway, cluster.tokenizer]), spent(cluster.shards)
+
+
 async def compare(
-    ids: Calls, text: Client, peer: TransformersDecoder, streams: int, tokens: int, turns: int
+    cluster: Cluster,
+    ids: Calls,
+    text: Client,
+    peer: TransformersDecoder,
+    streams: int,
+    tokens: int,
+    turns: int,
 ) -> list[Figure]:
-    """Tokens a second of `streams` concurrent streams against one batch of `generate`."""
+    """`streams` concurrent streams: tokens a second against one batch of `generate`, and the CPU
+    time a token over HTTP."""
     rates: list[tuple[float, float, float]] = []
+    around, computing = [], []
     for turn in range(turns + 1):
         seed = 100 * streams + 2 * turn
         batch = prompts(streams, PROMPT_TOKENS, seed=seed)
         over_grpc = await rate(ids, batch, tokens, drafts=0)
         _, generate = await asyncio.to_thread(peer.generate, batch, tokens)
+        before = cpu_seconds(cluster)
         over_http = await text.rate(prompts(streams, PROMPT_TOKENS, seed=seed + 1), tokens)
+        after = cpu_seconds(cluster)
         rates.append((over_grpc, over_http, generate))
+        around.append(after[0] - before[0])
+        computing.append(after[1] - before[1])
     ours, http, theirs = (statistics.median(column) for column in zip(*rates[1:], strict=True))
     peer_is = "transformers generate, one batch"
+    # Sums: one turn may take few of the clock's ticks, which are 10 ms.
+    written = 1e-3 * turns * streams * tokens
+    cost, compute = sum(around[1:]) / written, sum(computing[1:]) / written
+    beside = f"CPU a token, {streams} streams, gateway and tokenizer"
     return [
         Figure(f"tokens a second, {streams} streams, ids over gRPC", ours, theirs, peer_is, "1/s"),
         Figure(f"tokens a second, {streams} streams, text over HTTP", http, theirs, peer_is, "1/s"),
+        Figure(beside, cost, compute, "the shards' own", "ms"),
     ]
 
 
@@ -112,8 +142,7 @@ async def measure_generation(stages: int, quick: bool) -> list[Figure]:
             ids = calls_of(channel)
             text = Client(cluster.url, model.name)
             for streams in (1, 8, 32):
-                figures += await compare(
-                    ids, text, peer, streams, 32 if quick else 96, 1 if quick else 3
-                )
+                tokens, turns = (32, 1) if quick else (96, 5)
+                figures += await compare(cluster, ids, text, peer, streams, tokens, turns)
             ids.close()
     return figures

@@ -31,7 +31,7 @@ class SlowRing:
     """Two stages of a decoder on two hosts; this process speaks to stage 0 without delay."""
 
     def __init__(self, model: Path, hosts: Hosts, logs: Path) -> None:
-        stages = [hosts.inside(0, seen_from=1), hosts.inside(1, seen_from=0)]
+        stages = [hosts.address(0), hosts.address(1)]
         self.target = f"{hosts.outside(0)}:{PORT}"
         self._processes = [
             ServiceProcess(
@@ -87,7 +87,7 @@ async def measure_links(quick: bool) -> list[Figure]:
         model = Path(directory) / "copying"
         make_decoder(model, copying=True)
         async with SlowRing(model, hosts, Path(directory)) as calls:
-            hosts.delay(0, DELAY_SECONDS)
+            hosts.link(0, 1).delay(DELAY_SECONDS)
 
             async def median(streams: int, drafts: int, seed: int) -> float:
                 rates = []

@@ -25,6 +25,20 @@ Body = Mapping[str, str]
 """A question as it is sent over HTTP."""
 
 
+def encode(tokenizer: Any, asked: Sequence[Body], *, padding: bool = True, **more: Any) -> Any:
+    """Model inputs, windows where a passage is longer than one; padded to the longest."""
+    return tokenizer(
+        [body["question"] for body in asked],
+        [body["context"] for body in asked],
+        truncation="only_second",
+        return_overflowing_tokens=True,
+        padding=padding,
+        max_length=MAX_LENGTH,
+        stride=STRIDE,
+        **more,
+    )
+
+
 class Transformers:
     """`AutoModelForQuestionAnswering` in this process."""
 
@@ -40,17 +54,7 @@ class Transformers:
         return StageModel.load(self._directory, dtype="float32", device="cpu")
 
     def _encode(self, asked: Sequence[Body]) -> Any:
-        """Model inputs, padded to the longest; windows where a passage is longer than one."""
-        encoded = self._tokenizer(
-            [body["question"] for body in asked],
-            [body["context"] for body in asked],
-            truncation="only_second",
-            return_overflowing_tokens=True,
-            padding=True,
-            return_tensors="pt",
-            max_length=MAX_LENGTH,
-            stride=STRIDE,
-        )
+        encoded = encode(self._tokenizer, asked, return_tensors="pt")
         encoded.pop("overflow_to_sample_mapping")
         return encoded
 

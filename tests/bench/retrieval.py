@@ -4,14 +4,14 @@ Quality: every passage of the question sets becomes a document of one collection
 questions are asked. A passage is right if it holds an annotated answer at its place. Speed: a
 collection of 100,000 passages, the sets' own and recombinations of their sentences, whose
 vectors are the sets' own ones with noise (encoding all would take an hour and change nothing
-about the time of a search). `--work` keeps the collections for the next run.
+about the time of a search). Vectors come from an encoder's stage in a process of its own, by the
+gateway's way. `--work` keeps the collections for the next run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import sqlite3
@@ -37,7 +37,7 @@ from miaotui.retrieval.collection import (
     SqliteCollection,
     document_id,
 )
-from miaotui.retrieval.encoder import Encoder, SentenceEncoder, Vectors, bundled_folder
+from miaotui.retrieval.encoder import Vectors
 from miaotui.retrieval.fusion import Ranked, fuse, fuse_ranks
 from miaotui.retrieval.lexical import NO_HITS
 from miaotui.retrieval.prepare import prepare_text
@@ -46,6 +46,7 @@ from miaotui.training.data import Corpus, Split
 from miaotui.training.scorer import best_scores
 from tests.bench.reader import Reader
 from tests.bench.squad import Asked, add_all, add_vectors, read_questions, sample, source_of
+from tests.encoder import EncoderStage, StageVectors
 
 BUNDLED = Path(__file__).resolve().parents[2] / "miaotui" / "bundled" / "qa"
 DOMAINS = ("wiki", "amazon", "reddit", "cmrc", "drcd")
@@ -91,7 +92,7 @@ def lists(
     }
 
 
-def encode(encoder: Encoder, asked: Asked) -> Vectors | None:
+def encode(encoder: StageVectors, asked: Asked) -> Vectors | None:
     """The question's vector; none for Chinese, as in the product."""
     if language_of(asked.text) == "zh":
         return None
@@ -117,7 +118,7 @@ def answer(reader: Reader, asked: Asked, found: Sequence[Found]) -> tuple[str, b
 
 def quality(
     collection: SqliteCollection,
-    encoder: Encoder,
+    encoder: StageVectors,
     reader: Reader,
     asked: Sequence[Asked],
     read: int,
@@ -152,7 +153,7 @@ def quality(
 
 
 def refusals(
-    collection: SqliteCollection, encoder: Encoder, reader: Reader, asked: Sequence[Asked]
+    collection: SqliteCollection, encoder: StageVectors, reader: Reader, asked: Sequence[Asked]
 ) -> float:
     """Share of the questions that get "no answer" from a collection, in percent."""
     refused = 0
@@ -162,8 +163,11 @@ def refusals(
     return 100 * refused / len(asked)
 
 
-def make_large(path: Path, corpus: Corpus, small: SqliteCollection, seed: int = 1) -> float:
-    """The large collection; returns passages ingested a second (0: it was there)."""
+def make_large(
+    path: Path, corpus: Corpus, small: SqliteCollection, size: int = LARGE, seed: int = 1
+) -> float:
+    """The large collection, of `size` passages or some more; returns passages ingested a second
+    (0: it was there)."""
     if path.exists():
         return 0.0
     rng = random.Random(seed)
@@ -175,7 +179,7 @@ def make_large(path: Path, corpus: Corpus, small: SqliteCollection, seed: int = 
     collection = SqliteCollection(path, "large", encoder="bench")
     passages = documents = 0
     spent = 0.0
-    while passages < LARGE:
+    while passages < size:
         if documents < len(texts):
             text = texts[documents]
         else:
@@ -203,7 +207,9 @@ def make_large(path: Path, corpus: Corpus, small: SqliteCollection, seed: int = 
     return passages / spent
 
 
-def speed(path: Path, encoder: Encoder, asked: Sequence[Asked]) -> tuple[list[Speed], float, str]:
+def speed(
+    path: Path, encoder: StageVectors, asked: Sequence[Asked]
+) -> tuple[list[Speed], float, str]:
     """Times over the large collection, seconds to open it, and what it holds."""
     began = time.perf_counter()
     collection = SqliteCollection(path)
@@ -254,7 +260,7 @@ def speed(path: Path, encoder: Encoder, asked: Sequence[Asked]) -> tuple[list[Sp
 
 
 def without_split(
-    path: Path, small: Path, corpus: Corpus, split: Split, encoder: Encoder
+    path: Path, small: Path, corpus: Corpus, split: Split, encoder: StageVectors
 ) -> SqliteCollection:
     """A copy of the small collection without all passages of a split's articles."""
     path.unlink(missing_ok=True)
@@ -276,32 +282,38 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=300, help="a domain, for recall")
     parser.add_argument("--read", type=int, default=60, help="of these, answered, too")
     parser.add_argument("--split", default="heldout", choices=("train", "dev", "heldout"))
+    parser.add_argument("--large", type=int, default=LARGE, help="passages to measure speed over")
     parser.add_argument("--only", choices=("build", "speed", "quality", "refusals"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
-        run(options, work, Console(width=110))
+        stage = EncoderStage(Path(scratch))
+        stage.start()
+        try:
+            encoder = StageVectors(stage.address)
+            run(options, work, encoder, Console(width=110))
+            encoder.close()
+        finally:
+            stage.stop()
 
 
-def run(options: argparse.Namespace, work: Path, console: Console) -> None:
+def run(options: argparse.Namespace, work: Path, encoder: StageVectors, console: Console) -> None:
     """All that the options ask for, over collections in `work`."""
 
     def wanted(part: str) -> bool:
         return options.only in (None, part)
 
     corpus = read_questions(options.data)
-    encoder = SentenceEncoder(bundled_folder())
-    many = SentenceEncoder(bundled_folder(), threads=os.cpu_count() or 1)
     small = SqliteCollection(work / "small.sqlite3", "small", encoder=encoder.name)
     if not small.counts().documents:
         add_all(small, corpus)
     began = time.perf_counter()
-    encoded = add_vectors(small, many)
+    encoded = add_vectors(small, encoder)
     results: dict[str, object] = {}
     if encoded > 100:
         results["vectors a second"] = encoded / (time.perf_counter() - began)
-    ingested = make_large(work / "large.sqlite3", corpus, small)
+    ingested = make_large(work / "large.sqlite3", corpus, small, options.large)
     if ingested:
         results["passages ingested a second"] = ingested
     asked = {domain: sample(corpus, options.split, domain, options.questions) for domain in DOMAINS}

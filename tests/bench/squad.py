@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miaotui.retrieval.collection import Found, SqliteCollection
-from miaotui.retrieval.encoder import Encoder
 from miaotui.retrieval.prepare import prepare_text
 from miaotui.training.data import DOMAINS, Corpus, Language, Split, read_corpus
+from tests.encoder import StageVectors
 
 # Its passages are single sentences of few articles: no documents that anyone would add.
 _LEFT_OUT = "qamr"
@@ -65,7 +65,7 @@ def add_all(collection: SqliteCollection, corpus: Corpus) -> None:
         collection.add(prepare_text(source_of(corpus, number), passage.text))
 
 
-def add_vectors(collection: SqliteCollection, encoder: Encoder, batch: int = 64) -> int:
+def add_vectors(collection: SqliteCollection, encoder: StageVectors, batch: int = 64) -> int:
     """Encodes what has no vector yet; returns how many passages that were."""
     after, done = 0, 0
     while waiting := collection.without_vector(after, batch):

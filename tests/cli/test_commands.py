@@ -7,12 +7,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from miaotui.cli.app import app
-from miaotui.cli.layout import Wanted, lay_out
+from miaotui.cli.layout import LayoutError, Wanted, lay_out
 from miaotui.cli.render import highlight
 from miaotui.cli.serve import SERVICES, variable
 from tests.checkpoints import make_checkpoint
@@ -139,6 +140,43 @@ def test_up_says_which_models_do_not_fit(model: Path, tmp_path: Path) -> None:
         assert message in " ".join(done.stderr.split()), arguments
 
 
+def test_models_that_hear_and_see_get_services_of_their_own(tmp_path: Path) -> None:
+    made = {}
+    for kind in ("whisper", "vision-encoder-decoder"):
+        made[kind] = tmp_path / kind
+        made[kind].mkdir()
+        (made[kind] / "config.json").write_text(json.dumps({"model_type": kind}))
+    hears, sees = made.values()
+    ports: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "encoder_stages": 0}
+    layout = lay_out(
+        Wanted(None, 1, transcriber=hears, captioner=sees, captioner_stages=1, **ports)
+    )
+    assert [service.name for service in layout.services] == [
+        *("transcriber-tokenizer", "transcriber-shard-0", "transcriber-shard-1"),
+        *("captioner-tokenizer", "captioner-shard-0", "gateway"),
+    ]
+    env = {service.name: service.env for service in layout.services}
+    for name in ("transcriber", "captioner"):
+        assert (
+            env["gateway"][f"MIAOTUI_GATEWAY_{name.upper()}_SHARD"]
+            == env[f"{name}-shard-0"]["MIAOTUI_SHARD_LISTEN"]
+        )
+    assert env["gateway"]["MIAOTUI_GATEWAY_GENERATOR_SHARD"] == ""
+    with pytest.raises(LayoutError, match="writes down what is said; give it with --transcriber"):
+        lay_out(Wanted(None, 1, generator=hears, **ports))
+    with pytest.raises(LayoutError, match="describes pictures; give it with --captioner"):
+        lay_out(Wanted(None, 1, transcriber=sees, **ports))
+
+
+def test_up_decides_once_what_fast_means(model: Path) -> None:
+    layout = lay_out(Wanted(model, 3, dtype="fast", http_port=0, grpc_port=0))
+    dtypes = {s.env["MIAOTUI_SHARD_DTYPE"] for s in layout.services if s.name.startswith("shard-")}
+    assert len(dtypes) == 1
+    assert dtypes <= {"float32", "bfloat16"}
+    with pytest.raises(LayoutError, match="'tpu'"):
+        lay_out(Wanted(model, 1, dtype="fast", device="tpu", http_port=0, grpc_port=0))
+
+
 def test_two_models_get_services_of_their_own(model: Path, tmp_path: Path) -> None:
     decoder = make_decoder(tmp_path / "decoder", "llama", layers=2, tokenizer=False)
     wanted = Wanted(model, 3, generator=decoder, http_port=0, grpc_port=0)
@@ -146,7 +184,8 @@ def test_two_models_get_services_of_their_own(model: Path, tmp_path: Path) -> No
     names = [service.name for service in layout.services]
     rings = [["tokenizer", "shard-0", "shard-1", "shard-2"]]
     rings += [["generator-tokenizer", "generator-shard-0", "generator-shard-1"]]
-    assert names == [*rings[0], *rings[1], "gateway"]
+    assert names == [*rings[0], *rings[1], "encoder-0", "gateway"]
+    assert [s.name for s in layout.services if not s.needed] == ["encoder-0"]
     env = {service.name: service.env for service in layout.services}
     gateway = env["gateway"]
     for prefix, setting, directory in (("", "", model), ("generator-", "GENERATOR_", decoder)):
@@ -158,10 +197,24 @@ def test_two_models_get_services_of_their_own(model: Path, tmp_path: Path) -> No
             gateway[f"MIAOTUI_GATEWAY_{setting}TOKENIZER"]
             == (tokenizer["MIAOTUI_TOKENIZER_LISTEN"])
         )
-    only = lay_out(Wanted(None, 1, generator=decoder, http_port=0, grpc_port=0))
+    assert gateway["MIAOTUI_GATEWAY_ENCODER_STAGES"] == env["encoder-0"]["MIAOTUI_SHARD_LISTEN"]
+    assert env["encoder-0"]["MIAOTUI_SHARD_TASK"] == "embed"
+    only = lay_out(Wanted(None, 1, generator=decoder, encoder_stages=0, http_port=0, grpc_port=0))
+    assert "MIAOTUI_GATEWAY_ENCODER_STAGES" not in only.services[-1].env
     assert {s.name for s in only.services} == {*rings[1], "gateway"}
     assert only.services[-1].env["MIAOTUI_GATEWAY_SHARD"] == ""
     assert (only.answers, only.writes) == (False, True)
+
+
+def test_write_says_which_options_do_not_fit() -> None:
+    for arguments, message in (
+        (["--to", "zh"], "--to goes with --scenario translate"),
+        (["--scenario", "write", "--to", "zh"], "--to goes with --scenario translate"),
+        (["--scenario", "write", "--raw"], "are for chats"),
+    ):
+        done = run("write", "Once", *arguments)
+        assert done.returncode == 2, arguments
+        assert message in " ".join(done.stderr.split()), arguments
 
 
 def test_write_without_a_gateway_says_what_to_do() -> None:

@@ -11,7 +11,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 BASE = ROOT / "docker-compose.yml"
-OVERRIDES = {name: ROOT / "deploy" / "compose" / f"{name}.yml" for name in ("cuda", "tls")}
+OVERRIDES = {name: ROOT / "deploy" / "compose" / f"{name}.yml" for name in ("cuda", "keys", "tls")}
 
 Node = Any
 _VARIABLE = re.compile(r"\$(?:(\$)|\{(\w+)(?:(:-|:\+)([^}]*))?\})")

@@ -65,7 +65,7 @@ def _client(stack: Stack) -> httpx.AsyncClient:
     verify: ssl.SSLContext | bool = False
     if stack.tls_dir is not None:
         verify = ssl.create_default_context(cafile=stack.tls_dir / "ca.crt")
-    return httpx.AsyncClient(trust_env=False, timeout=10.0, verify=verify)
+    return httpx.AsyncClient(trust_env=False, timeout=60.0, verify=verify)
 
 
 async def _ready(stack: Stack) -> None:

@@ -24,7 +24,8 @@ ENTRYPOINT = ROOT / "deploy" / "docker" / "entrypoint.sh"
 
 
 class Stack:
-    """Tokenizer, two shards, gateway and Redis as `docker compose up` would configure them.
+    """Tokenizer, two shards, gateway and Redis as `docker compose up` would configure them; the
+    encoder is away.
 
     Two links pass relays that keep the bytes: gateway to tokenizer, and stage 0 to stage 1.
     """
@@ -60,6 +61,7 @@ class Stack:
         for path, real in self._paths.items():
             text = re.sub(rf"^{path}(?=/|$)", real, text)
         text = text.replace("collector:4317", self._collector)
+        text = text.replace("{hostname}:", "127.0.0.1:")
         text = re.sub(
             r"\b(?:0\.0\.0\.0|127\.0\.0\.1):(50\d\d\d|8080)\b",
             lambda match: self.address(service, match[1]),
@@ -73,7 +75,7 @@ class Stack:
                 return relay.address
             return self.address(match[1], match[2])
 
-        return re.sub(r"\b(gateway|tokenizer|shard-\d):(\d+)\b", host, text)
+        return re.sub(r"\b(gateway|tokenizer|encoder|shard-\d):(\d+)\b", host, text)
 
     def environment(self, service: str) -> dict[str, str]:
         """The environment of a service."""
@@ -167,7 +169,7 @@ class Stack:
         """What Prometheus would scrape."""
         port = "8080" if service == "gateway" else "9464"
         url = f"http://{self.address(service, port)}/metrics"
-        return httpx.get(url, trust_env=False, timeout=10).raise_for_status().text
+        return httpx.get(url, trust_env=False, timeout=60).raise_for_status().text
 
 
 async def answered(client: httpx.AsyncClient, url: str, question: str, context: str) -> Any:

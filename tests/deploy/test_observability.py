@@ -68,7 +68,7 @@ def test_expressions_are_promql() -> None:
 
 async def exercise(stack: Stack) -> None:
     """Lets every metric appear that appears only with what it counts."""
-    async with httpx.AsyncClient(trust_env=False, timeout=30.0) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=60.0) as client:
         url = f"{stack.url}/v1/qa"
         question = {"question": "Where is it?", "context": "It is in the harbour."}
         for _ in range(2):

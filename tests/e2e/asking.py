@@ -71,7 +71,7 @@ async def gathered(
 def http_client(url: str) -> httpx.AsyncClient:
     """A client of the HTTP API that opens as many connections as a test asks at once."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=CONCURRENCY)
-    return httpx.AsyncClient(base_url=url, timeout=60, trust_env=False, limits=limits)
+    return httpx.AsyncClient(base_url=url, timeout=120, trust_env=False, limits=limits)
 
 
 async def ask_http(client: httpx.AsyncClient, question: Question) -> dict[str, Any]:

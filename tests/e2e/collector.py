@@ -74,7 +74,7 @@ class Collector(service_grpc.TraceServiceServicer):
             return list(self._spans)
 
     def trace(
-        self, trace_id: str, whole: Callable[[list[Span]], bool], timeout: float = 20.0
+        self, trace_id: str, whole: Callable[[list[Span]], bool], timeout: float = 60.0
     ) -> list[Span]:
         """The spans of one trace, as soon as `whole` holds for them; fails if it never does."""
         deadline = time.monotonic() + timeout

@@ -188,7 +188,7 @@ async def until_serving(cluster: Cluster, timeout: float = 120.0) -> None:
         await asyncio.sleep(0.05)
 
 
-async def until_free(cluster: Cluster, timeout: float = 20.0) -> None:
+async def until_free(cluster: Cluster, timeout: float = 60.0) -> None:
     """Waits until nothing waits or runs, and nobody holds a KV block."""
     deadline = time.monotonic() + timeout
     while True:

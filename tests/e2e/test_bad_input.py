@@ -151,7 +151,7 @@ async def test_bytes_that_are_no_protocol(where: str, data: bytes, cluster: Clus
         "stage 1": cluster.stage_targets[1],
     }[where]
     host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=5) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(data + MARK.encode())
         connection.shutdown(socket.SHUT_WR)
         with connection.makefile("rb") as reader:
@@ -182,7 +182,7 @@ async def test_bad_requests_over_grpc(name: str, cluster: Cluster) -> None:
     async with open_channel(cluster.grpc_target) as channel:
         stub = gateway_pb2_grpc.GatewayServiceStub(channel)
         with pytest.raises(aio.AioRpcError) as caught:
-            await stub.Answer(gateway_pb2.AnswerRequest(**GRPC[name]), timeout=30)
+            await stub.Answer(gateway_pb2.AnswerRequest(**GRPC[name]), timeout=60)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         details = caught.value.details() or ""
         assert details
@@ -197,7 +197,7 @@ async def test_bytes_that_are_no_message_over_grpc(cluster: Cluster) -> None:
         )
         for data in (b"\xff" * 64, b"\x0a\x05ab", f"\x0a\x02\xff\xfe{MARK}".encode("latin-1")):
             with pytest.raises(aio.AioRpcError) as caught:
-                await method(data, timeout=10)
+                await method(data, timeout=60)
             assert MARK not in (caught.value.details() or "")
         assert (await ask_grpc(gateway_pb2_grpc.GatewayServiceStub(channel), GOOD))["answers"]
 
@@ -222,7 +222,7 @@ async def test_bad_sequences_at_stage_0(name: str, cluster: Cluster) -> None:
     async with open_channel(cluster.stage_targets[0]) as channel:
         stub = shard_pb2_grpc.ShardServiceStub(channel)
         with pytest.raises(aio.AioRpcError) as caught:
-            await stub.Infer(shard_pb2.InferRequest(sequences=[SEQUENCES[name]]), timeout=10)
+            await stub.Infer(shard_pb2.InferRequest(sequences=[SEQUENCES[name]]), timeout=60)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "sequences[0]" in (caught.value.details() or "")
     async with http_client(cluster.url) as client:
@@ -234,7 +234,7 @@ async def test_only_stage_0_takes_requests(cluster: Cluster) -> None:
         stub = shard_pb2_grpc.ShardServiceStub(channel)
         sequence = shard_pb2.TokenSequence(input_ids=b"\1\0\0\0" * 9)
         with pytest.raises(aio.AioRpcError) as caught:
-            await stub.Infer(shard_pb2.InferRequest(sequences=[sequence]), timeout=10)
+            await stub.Infer(shard_pb2.InferRequest(sequences=[sequence]), timeout=60)
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
@@ -248,7 +248,7 @@ async def test_tokenizer_refuses(cluster: Cluster) -> None:
             tokenizer_pb2.EncodeRequest(question=MARK, text=MARK, stride=10_000, max_length=12),
         ):
             with pytest.raises(aio.AioRpcError) as caught:
-                await stub.Encode(request, timeout=10)
+                await stub.Encode(request, timeout=60)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert MARK not in (caught.value.details() or "")
 

@@ -32,7 +32,7 @@ async def _reference(cluster: Cluster) -> Reference:
     """The whole model, with the windows that the cluster's tokenizer service makes."""
     async with open_channel(cluster.tokenizer_target) as channel:
         stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
-        told = await stub.Describe(tokenizer_pb2.TokenizerServiceDescribeRequest(), timeout=10)
+        told = await stub.Describe(tokenizer_pb2.TokenizerServiceDescribeRequest(), timeout=60)
     return Reference(cluster.model, max_length=told.max_length, stride=told.stride)
 
 

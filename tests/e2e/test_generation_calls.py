@@ -14,10 +14,18 @@ from grpc import aio
 
 from miaotui.v1 import shard_pb2 as pb
 from miaotui.v1 import shard_pb2_grpc as pb_grpc
+from miaotui.v1.tensor_pb2 import DTYPE_FLOAT32, TensorHeader
 from services.rpc.channel import open_channel
 from tests.decoder_checkpoints import make_decoder
 from tests.e2e.conftest import Checkpoints
-from tests.e2e.generating import Client, Prompt, client_of, collect, until_free
+from tests.e2e.generating import (
+    Client,
+    Prompt,
+    client_of,
+    collect,
+    until_free,
+    until_serving,
+)
 from tests.processes import Cluster
 
 PROMPT = Prompt((1, 20, 30, 40), 60, stops=())
@@ -50,6 +58,15 @@ async def test_requests_that_cannot_be_are_refused(client: Client) -> None:
         (pb.GenerateRequest(input_ids=np.asarray([640], "<i4").tobytes()), "input_ids"),
         (pb.GenerateRequest(input_ids=np.ones(512, "<i4").tobytes()), "input_ids"),
         (pb.GenerateRequest(input_ids=ids, sampling=pb.SamplingParams(min_p=2)), "sampling.min_p"),
+        (
+            pb.GenerateRequest(
+                input_ids=ids,
+                features=pb.Features(
+                    header=TensorHeader(dtype=DTYPE_FLOAT32, shape=[1]), data=bytes(4)
+                ),
+            ),
+            "features",
+        ),
     ):
         for ask in (client.plain, client.streamed):
             error = await _refused(ask(request))
@@ -86,22 +103,37 @@ async def test_a_deadline_or_a_cancel_frees_everything_at_once(
         call = client.stub.Generate if how == "plain" else client.calls
         return call(PROMPT.request(), timeout=timeout)
 
-    cluster.shards[1].signal(signal.SIGSTOP)
-    try:
+    async def deadline() -> None:
         error = await _refused(collect(start(0.4)))
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        await until_free(cluster, timeout=1.0)
+
+    async def cancel() -> None:
         call = start(60)
         reading = asyncio.ensure_future(collect(call))
-        while not (await cluster.describe(0)).running_sequences:
-            await asyncio.sleep(0.01)
-        assert (await cluster.describe(0)).kv_blocks_used
-        reading.cancel()
-        await asyncio.wait([reading])
-        call.cancel()
-        await until_free(cluster, timeout=1.0)
-    finally:
-        cluster.shards[1].signal(signal.SIGCONT)
+        try:
+            async with asyncio.timeout(5):
+                while not (await cluster.describe(0)).kv_blocks_used:
+                    await asyncio.sleep(0.01)
+        finally:
+            reading.cancel()
+            await asyncio.wait([reading])
+            call.cancel()
+
+    for end in (deadline, cancel):
+        # At once: before the stage that stands still counts as lost. A busy machine may take too
+        # long a few times.
+        for left in reversed(range(5)):
+            await until_serving(cluster)
+            cluster.shards[1].signal(signal.SIGSTOP)
+            try:
+                await end()
+                await until_free(cluster, timeout=1.0)
+                break
+            except (AssertionError, TimeoutError):
+                if not left:
+                    raise
+            finally:
+                cluster.shards[1].signal(signal.SIGCONT)
     assert len((await client.streamed(PROMPT.request())).tokens) == 60
 
 
@@ -132,13 +164,18 @@ async def test_a_shutdown_lets_open_texts_end_and_takes_no_new_ones(
     cluster: Cluster, client: Client
 ) -> None:
     long = Prompt((1, 9), 400, stops=())
-    call = client.calls(long.request(), timeout=60)
+    call = client.calls(long.request(), timeout=120)
     first = await anext(call)
-    cluster.shards[0].ask_to_stop()
-    while (await cluster.describe(0)).status != pb.STAGE_STATUS_DRAINING:
-        await asyncio.sleep(0.005)
-    error = await _refused(client.streamed(PROMPT.request()))
-    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    # So that the text is not over before all of this is.
+    cluster.shards[1].signal(signal.SIGSTOP)
+    try:
+        cluster.shards[0].ask_to_stop()
+        while (await cluster.describe(0)).status != pb.STAGE_STATUS_DRAINING:
+            await asyncio.sleep(0.005)
+        error = await _refused(client.streamed(PROMPT.request()))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+    finally:
+        cluster.shards[1].signal(signal.SIGCONT)
 
     async def responses() -> AsyncIterator[pb.GenerateResponse]:
         yield first

@@ -16,7 +16,7 @@ from miaotui.v1 import shard_pb2
 from tests.e2e.asking import ask_http, gathered, http_client, questions
 from tests.e2e.conftest import Checkpoints
 from tests.e2e.reference import Reference
-from tests.processes import Cluster
+from tests.processes import START_SECONDS, Cluster
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -39,7 +39,7 @@ CASES = {
 
 async def _refusal(cluster: Cluster, reason: str) -> list[shard_pb2.ShardServiceDescribeResponse]:
     """Waits until a stage refuses for this reason; what all stages say then."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + START_SECONDS
     while True:
         told = [await cluster.describe(index) for index in range(len(cluster.shards))]
         if any(d.status == shard_pb2.STAGE_STATUS_MISMATCHED and reason in d.reason for d in told):
@@ -93,7 +93,7 @@ async def test_wrong_configuration_ends_with_code_2(
     model = checkpoint("bert", layers=4)
     async with Cluster(model, stages=2, shard_env=environment, only_shards=True) as cluster:
         shard = cluster.shards[0]
-        assert await asyncio.to_thread(shard.wait, 60) == 2, shard.tail()
+        assert await asyncio.to_thread(shard.wait) == 2, shard.tail()
         assert re.search(reason, shard.log)
         assert "Traceback" not in shard.log
 

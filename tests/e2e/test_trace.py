@@ -30,16 +30,28 @@ async def cluster(
 ) -> AsyncIterator[Cluster]:
     redis = RedisServer(tmp_path_factory.mktemp("redis"))
     redis.start()
-    model, otlp = checkpoint("bert"), collector.address
-    async with Cluster(model, stages=STAGES, redis_url=redis.url, otlp=otlp) as cluster:
-        yield cluster
-    redis.stop()
+    # A busy machine may give no answer within the cache's 20 ms.
+    patience = {"MIAOTUI_GATEWAY_CACHE_TIMEOUT": "1"}
+    try:
+        async with Cluster(
+            checkpoint("bert"),
+            stages=STAGES,
+            redis_url=redis.url,
+            otlp=collector.address,
+            gateway_env=patience,
+        ) as cluster:
+            yield cluster
+    finally:
+        redis.stop()
 
 
 def _is_whole(spans: list[Span]) -> bool:
     computed = {span.name for span in spans if span.name.endswith(" compute")}
     roots = [span for span in spans if span.kind == 2 and span.name == "POST /v1/qa"]
-    return len(computed) == STAGES and len(roots) == 1
+    known = {"", *(span.span_id for span in spans)}
+    # The services export at times of their own: a parent may come after its children.
+    orphans = [span for span in spans if span.parent_id not in known and span not in roots]
+    return len(computed) == STAGES and len(roots) == 1 and not orphans
 
 
 async def test_one_trace_of_one_request(cluster: Cluster, collector: Collector) -> None:

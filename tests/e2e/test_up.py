@@ -33,6 +33,7 @@ class Up(ServiceProcess):
         self.url = f"http://127.0.0.1:{self.http_port}"
         argv = [*MIAOTUI, "up", "--model", str(model), "--http-port", str(self.http_port)]
         argv += ["--grpc-port", str(self.grpc_port), "--tokenizer-port", "0", "--shard-port", "0"]
+        argv += ["--encoder-stages", "0"]
         super().__init__("up", [*argv, *arguments], {"MIAOTUI_TEST": self.mark}, log)
 
     def wait_for(self, text: str, timeout: float = 120.0) -> None:
@@ -44,8 +45,8 @@ class Up(ServiceProcess):
             time.sleep(0.05)
 
     def assert_nothing_left(self) -> None:
-        """Fails where a process of it is there yet after a moment."""
-        deadline = time.monotonic() + 5
+        """Fails where a process of it stays."""
+        deadline = time.monotonic() + 30
         while left := processes_with(self.mark):
             assert time.monotonic() < deadline, f"left: {[p.cmdline() for p in left]}"
             time.sleep(0.05)
@@ -107,7 +108,7 @@ def test_once_answers_and_leaves_nothing(checkpoint: Checkpoints, tmp_path: Path
 
 def test_a_user_session(checkpoint: Checkpoints, tmp_path: Path) -> None:
     """Asks in every way, kills a stage, and ends it with Ctrl-C."""
-    with running(Up(checkpoint("bert"), tmp_path / "log")) as up:
+    with running(Up(checkpoint("bert"), tmp_path / "log", "--encoder-stages", "1")) as up:
         for name in ("tokenizer", "shard-0", "shard-1", "gateway"):
             assert f"{name} is ready" in up.log
         asked = ["ask", "When was it founded?", "--json"]
@@ -135,6 +136,9 @@ def test_a_user_session(checkpoint: Checkpoints, tmp_path: Path) -> None:
         refused = _here("ask", " ", "--context", PASSAGE, "--url", up.url)
         assert refused.exit_code == 1
         assert "/question: must not be empty or blank" in refused.stderr
+
+        up.wait_for("encoder-0 is ready")
+        up.wait_for("embedding model: serving all-MiniLM-L6-v2")
 
         os.kill(up.pid_of("services.shard", stage=1), signal.SIGKILL)
         up.wait_for("shard-1 is ready again")

@@ -213,7 +213,7 @@ async def test_a_pipeline_that_stays_away_fails_what_waits() -> None:
 async def test_deadlines_end_waiting_and_queued_work() -> None:
     ring = Ring(HeadSettings(max_in_flight=1))
     ring.head.pipeline_up()
-    soon = time.monotonic() + 0.05
+    soon = time.monotonic() + 0.3
     running = asyncio.create_task(ring.head.infer("r", [(_ids(1), None)], deadline=soon))
     queued = asyncio.create_task(ring.head.infer("r", [(_ids(2), None)], deadline=soon))
     for call in (running, queued):

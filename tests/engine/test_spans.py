@@ -165,15 +165,15 @@ def test_refuses_what_cannot_be_read(
 
 
 def test_is_quick() -> None:
-    """Under 0.3 ms for one window: the fastest of many runs, as other work shares the cores."""
+    """Under 0.3 ms of the thread's own time for one window: the fastest of many runs."""
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(2, 384)).astype(np.float32)
     one = [WindowLogits(logits[0], logits[1], 12, 0, 371)]
     best = math.inf
     for _ in range(200):
-        begin = time.perf_counter()
+        begin = time.thread_time()
         read_spans(one)
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, time.thread_time() - begin)
     assert best < 0.3e-3
 
 

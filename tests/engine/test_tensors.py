@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miaotui.engine.tensors import (
+    INT8,
     WIRE_DTYPES,
     TensorFormatError,
+    WireTensor,
     checked_nbytes,
     from_wire,
     to_wire,
@@ -35,6 +37,45 @@ def test_round_trip(dtype: str, shape: list[int], offset: int) -> None:
     # As from a protobuf message: read-only, at any address.
     received = memoryview(b"\xff" * offset + bytes(wire.data))[offset:]
     assert torch.equal(from_wire(received, dtype, shape), tensor)
+
+
+@given(
+    rows=st.integers(0, 5),
+    columns=st.integers(0, 9),
+    offset=st.integers(0, 5),
+    size=st.sampled_from([1e-6, 1.0, 1e4]),
+)
+def test_int8_loses_half_a_step_at_most(rows: int, columns: int, offset: int, size: float) -> None:
+    """Of a 127th of the row's greatest value: rows do not disturb one another."""
+    tensor = torch.randn(rows, columns) * torch.logspace(0, 2, rows)[:, None] * size
+    wire = to_wire(tensor, INT8)
+    assert (wire.dtype, wire.shape, wire.nbytes) == (INT8, (rows, columns), rows * (columns + 4))
+    assert checked_nbytes(INT8, (rows, columns)) == wire.nbytes
+    received = from_wire(memoryview(b"\xff" * offset + bytes(wire.data))[offset:], *wire_key(wire))
+    assert received.dtype is torch.float32
+    assert received.shape == tensor.shape
+    if tensor.numel():
+        step = tensor.abs().amax(1, keepdim=True) / 127
+        assert ((received - tensor).abs() <= 0.501 * step).all()
+
+
+def wire_key(wire: WireTensor) -> tuple[str, tuple[int, ...]]:
+    return wire.dtype, wire.shape
+
+
+def test_int8_bytes() -> None:
+    """Codes, then a float32 scale a row; half of bfloat16's bytes but for the scales."""
+    wire = to_wire(torch.tensor([[127.0, -2.0], [0.0, 0.0]]), INT8)
+    assert bytes(wire.data)[:8] == bytes([127, 254, 0, 0]) + struct.pack("<f", 1.0)
+    wide = torch.randn(7, 384)
+    assert to_wire(wide, INT8).nbytes == to_wire(wide, "bfloat16").nbytes / 2 + 4 * 7
+    broken = from_wire(
+        to_wire(torch.tensor([[math.inf, 1.0], [1.0, 2.0]]), INT8).data, INT8, (2, 2)
+    )
+    assert broken[0].isnan().all()
+    assert broken[1].isfinite().all()
+    with pytest.raises(TensorFormatError, match="two dimensions"):
+        to_wire(torch.ones(3), INT8)
 
 
 def test_bytes_are_little_endian_ieee() -> None:
@@ -94,6 +135,11 @@ def test_read_only_bytes_give_no_warning() -> None:
         (b"", "float32", (1 << 20, 1 << 20), "at most"),
         (b"", "float32", (1,) * 9, "not an acceptable shape"),
         (b"", "float32", (1 << 33, 1 << 33), "at most"),
+        (b"\0" * 6, "int8", (1, 6), "has 10 bytes, got 6"),
+        (b"\0" * 9, "int8", (5,), "rows and columns"),
+        (b"\0" * 9, "int8", (), "rows and columns"),
+        (b"", "int8", (-1, 2), "not an acceptable shape"),
+        (b"", "int8", (1 << 39, 0), "at most"),
     ],
 )
 def test_refusals(data: bytes, dtype: str, shape: tuple[int, ...], message: str) -> None:

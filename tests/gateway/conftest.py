@@ -13,13 +13,14 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.encoder import EncoderStage
 from tests.gateway.fakes import Fakes, running_fakes
-from tests.processes import RedisServer, ServiceProcess, free_port
+from tests.processes import START_SECONDS, RedisServer, ServiceProcess, free_port
 
 PLAIN = ("REDIS_URL", "OTEL_", "MIAOTUI_")
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     """Waits until the condition holds; fails where it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -35,16 +36,16 @@ class Gateway:
         self.port = port
         self.grpc_target = f"127.0.0.1:{grpc_port}"
         self.url = f"http://127.0.0.1:{port}"
-        self.http = httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=30.0)
+        self.http = httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=60.0)
 
     async def ask(self, question: str, context: str, **more: Any) -> httpx.Response:
         """POST /v1/qa."""
         body = {"question": question, "context": context, **more}
         return await self.http.post("/v1/qa", json=body)
 
-    async def metric(self, name: str, **labels: str) -> float:
-        """The sum of a counter's series that have these labels."""
-        text = (await self.http.get("/metrics")).text
+    async def metric(self, name: str, key: str = "", **labels: str) -> float:
+        """The sum of a counter's series that have these labels; `key`: an API key to ask with."""
+        text = (await self.http.get("/metrics", headers={"X-API-Key": key} if key else {})).text
         total = 0.0
         for line in text.splitlines():
             if line.startswith(f"{name}{{") or line.startswith(f"{name} "):
@@ -53,7 +54,21 @@ class Gateway:
                     total += float(value)
         return total
 
-    async def ready(self, ready: bool = True, timeout: float = 20.0) -> httpx.Response:
+    async def until_metric(
+        self, name: str, holds: Callable[[float], bool], key: str = "", **labels: str
+    ) -> None:
+        """Waits until this holds for a counter."""
+        deadline = time.monotonic() + 30
+        while not holds(found := await self.metric(name, key, **labels)):
+            assert time.monotonic() < deadline, f"{name} is {found}"
+            await asyncio.sleep(0.02)
+
+    async def until_asked(self, count: int, key: str = "") -> None:
+        """Waits until so many questions are being worked on."""
+        name = "miaotui_gateway_questions_in_flight"
+        await self.until_metric(name, lambda found: found == count, key)
+
+    async def ready(self, ready: bool = True, timeout: float = 60.0) -> httpx.Response:
         """Waits until /readyz says so."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -72,22 +87,38 @@ class Gateway:
 async def run_gateway(
     fakes: Fakes, directory: Path, *, models: str = "extractive", **settings: str
 ) -> AsyncIterator[Gateway]:
+    """As `start_gateway`, once it is ready."""
+    async with start_gateway(fakes, directory, models=models, **settings) as gateway:
+        await gateway.ready(timeout=START_SECONDS)
+        yield gateway
+
+
+@asynccontextmanager
+async def start_gateway(
+    fakes: Fakes, directory: Path, *, models: str = "extractive", **settings: str
+) -> AsyncIterator[Gateway]:
     """A gateway over the fakes; settings by their environment variable's last part.
 
-    `models`: "extractive", "generative" or both.
+    `models`: of "extractive", "generative", "transcribing" and "captioning".
     """
-    finds, writes = "extractive" in models, "generative" in models
+    addresses = {}
+    for kind, name in (
+        ("extractive", ""),
+        ("generative", "generator_"),
+        ("transcribing", "transcriber_"),
+        ("captioning", "captioner_"),
+    ):
+        for part in ("tokenizer", "shard"):
+            address = fakes.address(f"{name}{part}") if kind in models else ""
+            addresses[f"MIAOTUI_GATEWAY_{name}{part}".upper()] = address
     port, grpc_port = free_port(), free_port()
     env = {
         "MIAOTUI_GATEWAY_HTTP_LISTEN": f"127.0.0.1:{port}",
         "MIAOTUI_GATEWAY_GRPC_LISTEN": f"127.0.0.1:{grpc_port}",
-        "MIAOTUI_GATEWAY_TOKENIZER": fakes.address("tokenizer") if finds else "",
-        "MIAOTUI_GATEWAY_SHARD": fakes.address("shard") if finds else "",
-        "MIAOTUI_GATEWAY_GENERATOR_TOKENIZER": (
-            fakes.address("generator_tokenizer") if writes else ""
-        ),
-        "MIAOTUI_GATEWAY_GENERATOR_SHARD": fakes.address("generator_shard") if writes else "",
+        **addresses,
         "MIAOTUI_GATEWAY_POLL_SECONDS": "0.3",
+        # Where a test says nothing of time, a busy machine may take it.
+        "MIAOTUI_GATEWAY_REQUEST_TIMEOUT": "60",
         "MIAOTUI_GATEWAY_DOCUMENTS": str(directory / "documents"),
         **{
             name if name.startswith(PLAIN) else f"MIAOTUI_GATEWAY_{name}": value
@@ -100,7 +131,6 @@ async def run_gateway(
     process.start()
     gateway = Gateway(process, port, grpc_port)
     try:
-        await gateway.ready()
         yield gateway
     finally:
         await gateway.http.aclose()
@@ -134,9 +164,18 @@ async def gateway(
         MAX_QUESTION_CHARACTERS="500",
         MAX_BATCH_ITEMS="40",
         MAX_CONCURRENT_REQUESTS="64",
-        BODY_TIMEOUT="1",
+        BODY_TIMEOUT="3",
     ) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def encoder_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EncoderStage]:
+    """The bundled encoder in one stage; it may still be starting."""
+    stage = EncoderStage(tmp_path_factory.mktemp("encoder"))
+    stage.start()
+    yield stage
+    stage.stop()
 
 
 @pytest.fixture

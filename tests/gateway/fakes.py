@@ -6,7 +6,7 @@ A token is a character; the model finds digits. Both are real gRPC servers.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -21,12 +21,23 @@ from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 from miaotui.v1.calls_pb2 import CallHeader
 from services.rpc.calls import CallContext, CallError, CallServer
 from services.rpc.server import RpcServer
-from services.rpc.streaming_server import SingleCall, StreamedCallServer
-from tests.gateway.writer import END, FakeWriter
+from services.rpc.streaming_server import Outlet, SingleCall, StreamedCallServer
+from tests.gateway.writer import CHINESE, END, ENGLISH, FakeWriter
 
 ROOM = 64
 STRIDE = 16
 CONTEXT = 4096
+MODALITIES = {
+    "": shard_pb.INPUT_MODALITY_UNSPECIFIED,
+    "audio": shard_pb.INPUT_MODALITY_AUDIO,
+    "image": shard_pb.INPUT_MODALITY_IMAGE,
+}
+NAMED = {
+    ("", False): "fake",
+    ("", True): "fake-writer",
+    ("audio", True): "fake-hearer",
+    ("image", True): "fake-seer",
+}
 Context = aio.ServicerContext[Any, Any]
 
 
@@ -38,6 +49,7 @@ class Faults:
         self.cancelled = 0
         self.running = 0
         self.delay = 0.0
+        self.gate: asyncio.Event | None = None
         self.codes: list[grpc.StatusCode] = []
         self.codes_after: list[grpc.StatusCode] = []
         self.detail = "the fake was told to fail"
@@ -47,9 +59,16 @@ class Faults:
         self.remaining: list[float | None] = []
         self.request_ids: list[str] = []
 
-    def reset(self) -> None:
-        """Forgets everything."""
-        self.__init__()  # type: ignore[misc]
+    def hold(self) -> asyncio.Event:
+        """Calls wait from now on, until the event that this returns is set."""
+        self.gate = asyncio.Event()
+        return self.gate
+
+    def over(self) -> Faults:
+        """Lets go what waits, which goes on counting here, and returns what comes instead."""
+        if self.gate is not None:
+            self.gate.set()
+        return Faults()
 
     async def meet(self, context: Context, request_id: str) -> None:
         """Counts the call, waits and fails as told."""
@@ -59,9 +78,11 @@ class Faults:
         self.remaining.append(context.time_remaining())
         if self.codes:
             await context.abort(self.codes.pop(0), self.detail)
-        if self.delay:
+        if self.delay or self.gate is not None:
             self.running += 1
             try:
+                if self.gate is not None:
+                    await self.gate.wait()
                 await asyncio.sleep(self.delay)
             except asyncio.CancelledError:
                 self.cancelled += 1
@@ -79,11 +100,17 @@ def _ints(values: list[int]) -> bytes:
 class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     """One token a character; windows of `ROOM` passage tokens. Of prompts, a token is a byte."""
 
-    def __init__(self, fingerprint: str = "model-1", *, generative: bool = False) -> None:
+    def __init__(
+        self, fingerprint: str = "model-1", *, generative: bool = False, media: str = ""
+    ) -> None:
+        """`media`: "audio" or "image"; files are then bytes, and "|" ends a window."""
         self.faults = Faults()
         self.fingerprint = fingerprint
         self.tokenizer_fingerprint = "tokenizer-1"
         self.generative = generative
+        self.media = media
+        self.files: list[bytes] = []
+        self.file_codes: list[grpc.StatusCode] = []
         self.asked: list[tokenizer_pb.EncodePromptRequest] = []
         self.batches: list[int] = []
         self.decode_codes: list[grpc.StatusCode] = []
@@ -91,6 +118,27 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self.prompts = 0
 
     async def Describe(self, request: Any, context: Context) -> Any:
+        if self.media:
+            return tokenizer_pb.TokenizerServiceDescribeResponse(
+                model_fingerprint=self.fingerprint,
+                tokenizer_fingerprint=self.tokenizer_fingerprint,
+                vocab_size=CHINESE + 1,
+                kind=shard_pb.MODEL_KIND_GENERATIVE,
+                context_length=CONTEXT,
+                stop_token_ids=[END],
+                sampling=tokenizer_pb.SamplingDefaults(temperature=0),
+                media=tokenizer_pb.MediaInput(
+                    modality=MODALITIES[self.media],
+                    max_file_bytes=100_000,
+                    advised_tokens=40,
+                    languages=[
+                        tokenizer_pb.SpokenLanguage(code="en", name="english", token_id=ENGLISH),
+                        tokenizer_pb.SpokenLanguage(code="zh", name="chinese", token_id=CHINESE),
+                    ]
+                    if self.media == "audio"
+                    else [],
+                ),
+            )
         if self.generative:
             return tokenizer_pb.TokenizerServiceDescribeResponse(
                 model_fingerprint=self.fingerprint,
@@ -160,6 +208,8 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     async def EncodePrompt(self, request: Any, context: Context) -> Any:
         await self.faults.meet(context, request.request_id)
         self.asked.append(request)
+        if request.WhichOneof("prompt") == "media":
+            return tokenizer_pb.EncodePromptResponse(input_ids=_ints([1]))
         if request.WhichOneof("prompt") == "text":
             return tokenizer_pb.EncodePromptResponse(input_ids=_ints([*request.text.encode()]))
         if any(message.role == "refused" for message in request.chat.messages):
@@ -196,7 +246,10 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
                 )
             else:
                 response.items.add(read_offset=item.read_offset)
-        response.pieces.extend(bytes((i,)) if i < END else b"<end>" for i in request.pieces)
+        names = {ENGLISH: b"<|en|>", CHINESE: b"<|zh|>"}
+        response.pieces.extend(
+            bytes((i,)) if i < END else names.get(i, b"<end>") for i in request.pieces
+        )
         return response
 
     async def DecodeBatchStream(  # type: ignore[override]
@@ -215,6 +268,26 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         text = bytes(i for i in request.ids if i < END).decode("utf-8", "replace")
         return tokenizer_pb.DecodeResponse(text=text)
 
+    async def ExtractFeatures(
+        self, request: Any, context: Context
+    ) -> AsyncIterator[tokenizer_pb.ExtractFeaturesResponse]:
+        self.files.append(request.file)
+        if self.file_codes:
+            await context.abort(self.file_codes.pop(0), "the fake was told to fail")
+        for index, window in enumerate(request.file.split(b"|")):
+            if window == b"broken":
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "file: is broken")
+            yield tokenizer_pb.ExtractFeaturesResponse(
+                features=shard_pb.Features(
+                    header=tensor_pb.TensorHeader(
+                        dtype=tensor_pb.DTYPE_FLOAT32, shape=[1, len(window) // 4]
+                    ),
+                    data=window,
+                ),
+                start_seconds=30.0 * index,
+                end_seconds=30.0 * index + 28.5,
+            )
+
     async def DecodeSpans(self, request: Any, context: Context) -> Any:
         raise NotImplementedError
 
@@ -222,10 +295,13 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 class FakeShard(shard_pb2_grpc.ShardServiceServicer):
     """Stage 0 of two; finds the first run of digits after the separator."""
 
-    def __init__(self, fingerprint: str = "model-1", *, generative: bool = False) -> None:
+    def __init__(
+        self, fingerprint: str = "model-1", *, generative: bool = False, media: str = ""
+    ) -> None:
         self.faults = Faults()
         self.fingerprint = fingerprint
         self.generative = generative
+        self.media = media
         self.status = shard_pb.STAGE_STATUS_SERVING
         self.index = 0
         self.describe_delays: list[float] = []
@@ -244,14 +320,15 @@ class FakeShard(shard_pb2_grpc.ShardServiceServicer):
                 end_layer=i + 1,
                 model_layers=2,
                 model_fingerprint=self.fingerprint,
-                model_name="fake-writer" if self.generative else "fake",
+                model_name=NAMED[self.media, self.generative],
+                input_modality=MODALITIES[self.media],
                 model_type="qwen3" if self.generative else "bert",
                 kind=(
                     shard_pb.MODEL_KIND_GENERATIVE
                     if self.generative
                     else shard_pb.MODEL_KIND_EXTRACTIVE
                 ),
-                vocab_size=END + 1 if self.generative else 0,
+                vocab_size=(CHINESE if self.media else END) + 1 if self.generative else 0,
                 compute_dtype=tensor_pb.DTYPE_FLOAT32,
                 wire_dtype=tensor_pb.DTYPE_FLOAT16,
                 max_sequence_length=CONTEXT if self.generative else 512,
@@ -288,7 +365,7 @@ class FakeShard(shard_pb2_grpc.ShardServiceServicer):
 
     async def Generate(self, request: Any, context: Context) -> Any:
         call = SingleCall()
-        call.cancel = self.writer.start(request, CallContext(CallHeader()), call)
+        call.cancel = self._start(request, CallContext(CallHeader()), call)
         try:
             async for response in call:
                 yield response
@@ -302,10 +379,13 @@ class FakeShard(shard_pb2_grpc.ShardServiceServicer):
     ) -> None:
         server = StreamedCallServer(
             "miaotui.v1.ShardService/Generate",
-            self.writer.start,
+            self._start,
             shard_pb.GenerateStreamResponse,
         )
         await server.serve(request_iterator, context)
+
+    def _start(self, request: Any, context: Any, outlet: Outlet) -> Callable[[], None]:
+        return self.writer.start(request, context, outlet)
 
     def Forward(self, request_iterator: Any, context: Context) -> Any:
         raise NotImplementedError
@@ -325,17 +405,25 @@ class FakeShard(shard_pb2_grpc.ShardServiceServicer):
         return shard_pb.SpanLogits(start=start.tobytes(), end=end.tobytes())
 
 
-NAMES = ("tokenizer", "shard", "generator_tokenizer", "generator_shard")
+NAMES = tuple(
+    f"{model}{part}"
+    for model in ("", "generator_", "transcriber_", "captioner_")
+    for part in ("tokenizer", "shard")
+)
 
 
 class Fakes:
-    """The services of both models, on ports of their own."""
+    """The services of all models, on ports of their own."""
 
     def __init__(self) -> None:
         self.tokenizer = FakeTokenizer()
         self.shard = FakeShard()
         self.generator_tokenizer = FakeTokenizer("writer-1", generative=True)
         self.generator_shard = FakeShard("writer-1", generative=True)
+        self.transcriber_tokenizer = FakeTokenizer("hearer-1", generative=True, media="audio")
+        self.transcriber_shard = FakeShard("hearer-1", generative=True, media="audio")
+        self.captioner_tokenizer = FakeTokenizer("seer-1", generative=True, media="image")
+        self.captioner_shard = FakeShard("seer-1", generative=True, media="image")
         self.servers: dict[str, RpcServer] = {}
 
     @property
@@ -358,19 +446,37 @@ class Fakes:
         self.servers[name] = server
         return server
 
+    def pace_writer(self) -> None:
+        """The writer waits after each step until the tokenizer was asked for its text.
+
+        So no step's text is joined with the next one's, however slow the gateway is.
+        """
+        self.writer.heard = lambda: len(self.generator_tokenizer.batches)
+
     def address(self, name: str) -> str:
         """host:port of one of them."""
         return f"127.0.0.1:{self.servers[name].port}"
 
     def reset(self) -> None:
         """Ends all faults and forgets the counts."""
-        for tokenizer in (self.tokenizer, self.generator_tokenizer):
-            tokenizer.faults.reset()
+        for tokenizer in (
+            self.tokenizer,
+            self.generator_tokenizer,
+            self.transcriber_tokenizer,
+            self.captioner_tokenizer,
+        ):
+            tokenizer.faults = tokenizer.faults.over()
             tokenizer.texts = tokenizer.prompts = 0
             tokenizer.asked, tokenizer.batches, tokenizer.decode_codes = [], [], []
-        for shard in (self.shard, self.generator_shard):
-            shard.faults.reset()
-            shard.writer.reset()
+            tokenizer.files, tokenizer.file_codes = [], []
+        for shard in (
+            self.shard,
+            self.generator_shard,
+            self.transcriber_shard,
+            self.captioner_shard,
+        ):
+            shard.faults = shard.faults.over()
+            shard.writer = FakeWriter()
 
 
 @asynccontextmanager

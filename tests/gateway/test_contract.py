@@ -16,6 +16,9 @@ from gateway.desk import Desk
 from gateway.errors import KINDS
 from gateway.http.app import HttpApi
 from gateway.http.openapi import openapi_document
+from gateway.live.api import LiveFigures
+from gateway.live.counters import LiveCounters
+from gateway.live.traces import TraceRing
 from gateway.models import Models
 from gateway.settings import GatewaySettings
 from tests.gateway.conftest import Gateway
@@ -42,7 +45,9 @@ def validator(document: Any, name: str) -> jsonschema.Draft202012Validator:
 async def test_every_route_is_described_and_nothing_else() -> None:
     settings = GatewaySettings()
     desk = Desk(settings, None, None)
-    routes: list[Route] = HttpApi(settings, Models(settings), desk).routes()
+    models = Models(settings)
+    live = LiveFigures(settings, models, LiveCounters(), TraceRing(0))
+    routes: list[Route] = HttpApi(settings, models, desk, live).routes()
     served = {
         (route.path, method.lower())
         for route in routes

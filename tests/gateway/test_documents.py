@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.encoder import EncoderStage
 from tests.gateway.conftest import Gateway, run_gateway
 from tests.gateway.fakes import Fakes
 from tests.gateway.test_contract import validator
@@ -39,11 +41,15 @@ async def upload(
 
 @pytest.fixture(scope="module")
 async def running(
-    all_fakes: Fakes, tmp_path_factory: pytest.TempPathFactory
+    all_fakes: Fakes, encoder_stage: EncoderStage, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Gateway]:
     directory = tmp_path_factory.mktemp("documents")
     async with run_gateway(
-        all_fakes, directory, MAX_UPLOAD_BYTES="200000", MAX_DOCUMENT_CHARACTERS="50000"
+        all_fakes,
+        directory,
+        ENCODER_STAGES=encoder_stage.address,
+        MAX_UPLOAD_BYTES="200000",
+        MAX_DOCUMENT_CHARACTERS="50000",
     ) as gateway:
         yield gateway
 
@@ -192,20 +198,75 @@ async def test_lists(running: Gateway, schemas: Any) -> None:
     ]
 
 
+async def vectors_of(gateway: Gateway, name: str, count: int) -> None:
+    """Waits until so many passages of a collection have vectors."""
+    for _ in range(2400):
+        listed = (await gateway.http.get("/v1/collections")).json()["collections"]
+        if [one["vectors"] for one in listed if one["name"] == name] == [count]:
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"no vectors came\n{gateway.process.tail()}")
+
+
+async def found_by_meaning(
+    gateway: Gateway, collection: str, dense: str, seen: Counter[str] | None = None
+) -> list[str]:
+    """The sources found for a query that has no word in common with them, once it goes so.
+
+    `seen` counts how it went each time: a busy encoder may give a question no vector in time.
+    """
+    query = "A French landmark made of metal, with a great view"
+    for _ in range(60):
+        found = (await post(gateway, "/v1/search", query=query, collection=collection)).json()
+        assert all(p["retrieval"]["lexical_rank"] is None for p in found["passages"])
+        if seen is not None:
+            seen[found["dense"]] += 1
+        if found["dense"] == dense:
+            return [p["source"] for p in found["passages"]]
+        await asyncio.sleep(0.2)
+    raise AssertionError(f"it went otherwise each time: {found['dense']}")
+
+
 async def test_vectors_follow(running: Gateway) -> None:
     await post(running, "/v1/documents", text=TOWER, source="t", collection="vectors")
-    for _ in range(600):
-        listed = (await running.http.get("/v1/collections")).json()["collections"]
-        if [one["vectors"] for one in listed if one["name"] == "vectors"] == [1]:
-            break
-        await asyncio.sleep(0.1)
-    else:
-        raise AssertionError(f"no vectors came\n{running.process.tail()}")
-    # No word in common.
-    query = "A French landmark made of metal, with a great view"
-    found = (await post(running, "/v1/search", query=query, collection="vectors")).json()
-    assert [p["source"] for p in found["passages"]] == ["t"]
-    assert found["passages"][0]["retrieval"]["lexical_rank"] is None
+    await vectors_of(running, "vectors", 1)
+    assert await found_by_meaning(running, "vectors", "used") == ["t"]
+    await post(running, "/v1/documents", text=MUSEUM, source="m", collection="unencoded")
+    for query, dense in (("museum", "no-vectors"), ("故宫博物院位于哪里", "language")):
+        found = await post(running, "/v1/search", query=query, collection="unencoded")
+        assert found.json()["dense"] == dense
+    pipeline = (await running.http.get("/v1/pipeline")).json()
+    assert [one["kind"] for one in pipeline["others"]] == ["embedding"]
+    assert pipeline["others"][0]["stages"][0]["replicas"][0]["state"] == "serving"
+
+
+async def test_without_the_encoders_stages(all_fakes: Fakes, tmp_path: Path) -> None:
+    """Words find documents; vectors are made once the stages are there, and none is lost."""
+    stage = EncoderStage(tmp_path)
+    seen: Counter[str] = Counter()
+    async with run_gateway(all_fakes, tmp_path, ENCODER_STAGES=stage.address) as gateway:
+        await post(gateway, "/v1/documents", text=TOWER, source="t", collection="c")
+        assert (await gateway.http.get("/v1/collections")).json()["encoder"] == "away"
+        assert await found_by_meaning(gateway, "c", "away", seen) == []
+        question = {"question": "When was the Eiffel Tower finished?", "collection": "c"}
+        answer = (await post(gateway, "/v1/qa", **question)).json()
+        assert (answer["answers"][0]["text"], answer["dense"]) == ("1889", "away")
+        seen["away"] += 1
+        stage.start()
+        try:
+            await vectors_of(gateway, "c", 1)
+            assert await found_by_meaning(gateway, "c", "used", seen) == ["t"]
+            stage.kill()
+            assert await found_by_meaning(gateway, "c", "away", seen) == []
+            await post(gateway, "/v1/documents", text=TOWER, source="u", collection="c")
+            stage.start()
+            await vectors_of(gateway, "c", 2)
+            assert sorted(await found_by_meaning(gateway, "c", "used", seen)) == ["t", "u"]
+        finally:
+            stage.stop()
+        counted = "miaotui_gateway_retrievals_total"
+        for dense in ("away", "used"):
+            assert await gateway.metric(counted, dense=dense) == seen[dense]
 
 
 @pytest.mark.parametrize(

@@ -79,13 +79,13 @@ async def test_both_modes_in_a_batch(writer_gateway: Gateway, fakes: Fakes) -> N
 async def test_a_caller_that_leaves_a_question_frees_the_decoder(
     writer_gateway: Gateway, fakes: Fakes
 ) -> None:
-    fakes.writer.texts, fakes.writer.pause = [b"word " * 50], 0.05
+    fakes.writer.texts, fakes.writer.pause = [b"word " * 50], 1.0
     asking = asyncio.create_task(
         writer_gateway.ask("Leave?", "It stands.", mode="generative", no_cache=True)
     )
     await until(lambda: fakes.writer.running == 1)
     asking.cancel()
-    await until(lambda: fakes.writer.cancelled == 1, 1.0)
+    await until(lambda: fakes.writer.cancelled == 1)
 
 
 async def test_gateways_with_one_model(gateway: Gateway, fakes: Fakes, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ async def test_gateways_with_one_model(gateway: Gateway, fakes: Fakes, tmp_path:
             assert "retry-after" in response.headers
         finally:
             fakes.generator_shard.fingerprint = "writer-1"
-        await writing.ready()
+            await writing.ready()
 
 
 async def test_readiness_is_by_model(writer_gateway: Gateway, fakes: Fakes) -> None:
@@ -125,7 +125,7 @@ async def test_readiness_is_by_model(writer_gateway: Gateway, fakes: Fakes) -> N
         assert (await writer_gateway.ask("When?", "In 1926.")).status_code == 200
     finally:
         fakes.generator_shard.status = shard_pb.STAGE_STATUS_SERVING
-    await writer_gateway.ready()
+        await writer_gateway.ready()
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ async def stub(writer_gateway: Gateway) -> AsyncIterator[Any]:
 
 async def test_text_over_grpc(stub: Any, fakes: Fakes) -> None:
     fakes.writer.texts = ["你好😀".encode()]
-    fakes.writer.pause = 0.003
+    fakes.pace_writer()
     request = pb.ChatRequest(
         model="fake-writer",
         chat=tokenizer_pb.ChatPrompt(
@@ -163,6 +163,7 @@ async def test_text_over_grpc(stub: Any, fakes: Fakes) -> None:
     tokens = pb.WriteRequest(tokens=pb.TokenIds(ids=[65]))
     assert [r async for r in stub.Write(tokens)]
     assert bytes(fakes.writer.requests[-1].input_ids) == b"A\0\0\0"
+    fakes.writer.heard = None  # nobody reads along
     answer = await stub.Answer(
         pb.AnswerRequest(question="Where?", context="It is so.", generative=True)
     )
@@ -200,22 +201,25 @@ async def test_grpc_requests_that_are_not_valid(
 
 
 async def test_grpc_deadline_and_cancellation_reach_the_shards(stub: Any, fakes: Fakes) -> None:
-    fakes.writer.texts, fakes.writer.pause = [b"word " * 100], 0.05
-    with pytest.raises(aio.AioRpcError) as caught:
-        async for _ in stub.Write(pb.WriteRequest(text="x"), timeout=0.4):
-            pass
-    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await until(lambda: not fakes.writer.running, 1.0)
+    fakes.writer.texts, fakes.writer.pause = [b"word " * 100], 0.2
+    for seconds in (0.4, 2.0, 8.0):  # on a busy machine the first may be over at the tokenizer
+        with pytest.raises(aio.AioRpcError) as caught:
+            async for _ in stub.Write(pb.WriteRequest(text="x"), timeout=seconds):
+                pass
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        if fakes.writer.requests:
+            break
+    await until(lambda: fakes.writer.cancelled == 1)
     call = stub.Write(pb.WriteRequest(text="x"))
     async for _ in call:
         call.cancel()
         break
-    await until(lambda: fakes.writer.cancelled == 2, 1.0)
+    await until(lambda: fakes.writer.cancelled == 2)
 
 
 async def test_the_python_client_writes(writer_gateway: Gateway, fakes: Fakes) -> None:
     fakes.writer.texts = ["你好，世界😀".encode()]
-    fakes.writer.pause = 0.003
+    fakes.pace_writer()
     messages = [{"role": "user", "content": "嗨"}]
     async with AsyncClient(writer_gateway.url) as client:
         stream = await client.chat(messages, temperature=0.0, no_cache=True)
@@ -228,6 +232,7 @@ async def test_the_python_client_writes(writer_gateway: Gateway, fakes: Fakes) -
         assert [piece async for piece in written] == ["你"]
         assert written.finish_reason == "length"
         fakes.writer.texts = ["它在巴黎[1]。".encode()]
+        fakes.writer.heard = None  # nobody reads along
         answer = await client.ask("它在哪里？", "它在巴黎。", mode="generative")
         assert answer.text == "它在巴黎。"
         assert [(c.start, c.end) for c in answer.citations] == [(0, 5)]
@@ -238,12 +243,11 @@ async def test_the_python_client_writes(writer_gateway: Gateway, fakes: Fakes) -
         broken = await client.write("A")
         with pytest.raises(MiaotuiError, match="failed"):
             _ = [piece async for piece in broken]
-        fakes.writer.fails_after, fakes.writer.pause = None, 0.05
+        fakes.writer.fails_after, fakes.writer.pause = None, 0.2
         fakes.writer.texts = [b"word " * 100]
         async with await client.write("A", max_tokens=400) as leaving:
             await anext(leaving)
-        await until(lambda: not fakes.writer.running, 1.0)
-        assert fakes.writer.cancelled == 1
+        await until(lambda: fakes.writer.cancelled == 1)
     fakes.writer.reset()
 
     def blocking() -> tuple[str, str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 
 import grpc
 import httpx
 import pytest
+from grpc import aio
 
+from gateway.calling import RETRIES, retried
+from gateway.errors import GatewayError
 from miaotui.v1 import shard_pb2 as shard_pb
+from services.rpc.breaker import RetryBudget
 from tests.gateway.conftest import Gateway, until
 from tests.gateway.fakes import Fakes
 
@@ -87,8 +90,11 @@ async def test_prompt_that_the_tokenizer_refuses_is_sent_as_text(
 async def test_equal_requests_in_flight_cost_one_computation(
     gateway: Gateway, fakes: Fakes
 ) -> None:
-    fakes.shard.faults.delay = 0.3
-    responses = await asyncio.gather(*(gateway.ask("same", "In 1903.") for _ in range(20)))
+    gate = fakes.shard.faults.hold()
+    asked = [asyncio.create_task(gateway.ask("same", "In 1903.")) for _ in range(20)]
+    await gateway.until_asked(20)
+    gate.set()
+    responses = await asyncio.gather(*asked)
     assert {r.json()["answers"][0]["text"] for r in responses} == {"1903"}
     assert sorted(r.json()["cache"] for r in responses) == ["miss"] + ["shared"] * 19
     assert fakes.shard.faults.calls == 1
@@ -96,50 +102,45 @@ async def test_equal_requests_in_flight_cost_one_computation(
 
 
 async def test_deadline_reaches_the_services_and_gives_504(gateway: Gateway, fakes: Fakes) -> None:
-    fakes.shard.faults.delay = 5
-    began = time.monotonic()
-    response = await gateway.http.post(
-        "/v1/qa",
-        json={"question": "slow", "context": "In 1904."},
-        headers={"X-Request-Timeout": "0.4"},
-    )
-    assert time.monotonic() - began < 2
-    assert response.status_code == 504
-    assert response.json()["type"] == "/problems/timeout"
+    fakes.shard.faults.hold()
+    for seconds in (0.4, 2.0, 8.0):  # on a busy machine the first may be over at the tokenizer
+        response = await gateway.http.post(
+            "/v1/qa",
+            json={"question": "slow", "context": "In 1904."},
+            headers={"X-Request-Timeout": str(seconds)},
+        )
+        assert response.status_code == 504
+        assert response.json()["type"] == "/problems/timeout"
+        if fakes.shard.faults.calls:
+            break
     assert fakes.shard.faults.remaining[0] is not None
-    assert 0 < fakes.shard.faults.remaining[0] < 0.4
-    await asyncio.sleep(0.2)
-    assert fakes.shard.faults.running == 0
+    assert 0 < fakes.shard.faults.remaining[0] < seconds
+    await until(lambda: fakes.shard.faults.running == 0)
 
 
 async def test_a_short_deadline_does_not_shorten_an_equal_request(
     gateway: Gateway, fakes: Fakes
 ) -> None:
-    fakes.shard.faults.delay = 0.6
+    gate = fakes.shard.faults.hold()
     body = {"question": "patient", "context": "In 1905."}
-    hasty = asyncio.create_task(
-        gateway.http.post("/v1/qa", json=body, headers={"X-Request-Timeout": "0.3"})
+    hasty, patient = (
+        asyncio.create_task(gateway.http.post("/v1/qa", json=body, headers=headers))
+        for headers in ({"X-Request-Timeout": "0.3"}, {})
     )
-    await asyncio.sleep(0.1)
-    patient = await gateway.http.post("/v1/qa", json=body)
     assert (await hasty).status_code == 504
-    assert patient.status_code == 200
-    assert patient.json()["answers"][0]["text"] == "1905"
+    gate.set()
+    assert (await patient).status_code == 200
+    assert (await patient).json()["answers"][0]["text"] == "1905"
 
 
 async def test_caller_that_goes_away_frees_the_work(gateway: Gateway, fakes: Fakes) -> None:
-    fakes.shard.faults.delay = 10
-    async with httpx.AsyncClient(base_url=gateway.url, trust_env=False) as leaving:
-        with pytest.raises(httpx.ReadTimeout):
-            await leaving.post(
-                "/v1/qa", json={"question": "gone", "context": "In 1906."}, timeout=0.3
-            )
-    for _ in range(50):
-        if fakes.shard.faults.cancelled:
-            break
-        await asyncio.sleep(0.05)
-    assert (fakes.shard.faults.cancelled, fakes.shard.faults.running) == (1, 0)
-    assert await gateway.metric("miaotui_gateway_questions_in_flight") == 0
+    fakes.shard.faults.hold()
+    leaving = asyncio.create_task(gateway.ask("gone", "In 1906."))
+    await until(lambda: fakes.shard.faults.running == 1)
+    leaving.cancel()
+    await until(lambda: fakes.shard.faults.cancelled == 1)
+    assert fakes.shard.faults.running == 0
+    await gateway.until_asked(0)
 
 
 @pytest.mark.parametrize(
@@ -168,17 +169,40 @@ async def test_failures_of_services_become_problems(
         assert "told to fail" not in response.text
 
 
-async def test_unavailable_is_tried_once_more(gateway: Gateway, fakes: Fakes) -> None:
-    fakes.shard.faults.codes = [grpc.StatusCode.UNAVAILABLE]
-    response = await gateway.ask("once", "In 1908.", no_cache=True)
-    assert response.status_code == 200
-    assert fakes.shard.faults.calls == 2
-    assert len(set(fakes.shard.faults.request_ids)) == 2
-    fakes.shard.faults.codes = [grpc.StatusCode.UNAVAILABLE] * 2
-    response = await gateway.ask("twice", "In 1908.", no_cache=True)
+async def test_unavailable_is_tried_again(gateway: Gateway, fakes: Fakes) -> None:
+    faults = fakes.shard.faults
+    # The second time is free; more faults in one request are met while the budget lasts.
+    for times in (1, RETRIES):
+        faults.calls, faults.request_ids = 0, []
+        faults.codes = [grpc.StatusCode.UNAVAILABLE] * times
+        response = await gateway.ask(f"{times} times", "In 1908.", no_cache=True)
+        assert response.status_code == 200
+        assert faults.calls == len(set(faults.request_ids)) == times + 1
+    faults.calls = 0
+    faults.codes = [grpc.StatusCode.UNAVAILABLE] * (RETRIES + 1)
+    response = await gateway.ask("too often", "In 1908.", no_cache=True)
     assert response.status_code == 503
     assert int(response.headers["retry-after"]) >= 1
-    assert fakes.shard.faults.calls == 4
+    assert faults.calls == RETRIES + 1
+
+
+async def test_more_than_one_retry_takes_a_budget() -> None:
+    budget = RetryBudget(reserve=1.0)
+    tried: list[float] = []
+
+    async def attempt() -> None:
+        tried.append(budget.left)
+        raise aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, aio.Metadata(), aio.Metadata())
+
+    for expected in ([1.0, 1.0, 0.0], [0.0, 0.0]):
+        with pytest.raises(GatewayError, match="tokenizer"):
+            await retried(attempt, "tokenizer", budget=budget)
+        assert tried == expected
+        tried.clear()
+    # Without one, a single retry.
+    with pytest.raises(GatewayError):
+        await retried(attempt, "tokenizer")
+    assert len(tried) == 2
 
 
 async def test_garbage_from_the_shards_is_no_answer(gateway: Gateway, fakes: Fakes) -> None:
@@ -213,14 +237,14 @@ def batch(*questions: str) -> dict[str, object]:
 async def test_batch_streams_each_result_as_it_is_done(gateway: Gateway, fakes: Fakes) -> None:
     body = batch(*(f"b{i}" for i in range(6)))
     body["requests"][2] = {"question": "", "context": "In 1911.", "top_k": 0}  # type: ignore[index]
-    fakes.shard.faults.delay = 0.4
-    began = time.monotonic()
-    lines, times = [], []
+    gate = fakes.shard.faults.hold()
+    lines = []
     async with gateway.http.stream("POST", "/v1/qa/batch", json=body) as response:
         assert response.headers["content-type"].startswith("application/x-ndjson")
         async for line in response.aiter_lines():
+            # The refusal needs no model and is there before any answer.
             lines.append(json.loads(line))
-            times.append(time.monotonic() - began)
+            gate.set()
     assert sorted(line["index"] for line in lines) == list(range(6))
     failed = {line["index"]: line["error"] for line in lines if "error" in line}
     assert list(failed) == [2]
@@ -228,9 +252,7 @@ async def test_batch_streams_each_result_as_it_is_done(gateway: Gateway, fakes: 
     pointers = {fault["pointer"] for fault in failed[2]["errors"]}
     assert pointers == {"/requests/2/question", "/requests/2/top_k"}
     assert all(x["response"]["answers"][0]["text"] == "1911" for x in lines if "response" in x)
-    # The refusal needs no model and is there long before the answers.
     assert lines[0]["index"] == 2
-    assert times[0] < 0.3 < times[-1]
 
 
 async def test_batch_as_server_sent_events(gateway: Gateway, fakes: Fakes) -> None:
@@ -247,31 +269,34 @@ async def test_batch_as_server_sent_events(gateway: Gateway, fakes: Fakes) -> No
 
 
 async def test_caller_that_leaves_a_batch_frees_its_work(gateway: Gateway, fakes: Fakes) -> None:
-    fakes.shard.faults.delay = 10
-    async with httpx.AsyncClient(base_url=gateway.url, trust_env=False) as leaving:
-        body = batch(*(f"leave{i}" for i in range(30)))
-        with pytest.raises(httpx.ReadTimeout):
-            await leaving.post("/v1/qa/batch", json=body, timeout=0.5)
-    for _ in range(50):
-        if fakes.shard.faults.cancelled and not fakes.shard.faults.running:
-            break
-        await asyncio.sleep(0.05)
-    started = fakes.shard.faults.calls
-    assert fakes.shard.faults.cancelled == started > 0
+    fakes.shard.faults.hold()
+    body = batch(*(f"leave{i}" for i in range(30)))
+    leaving = asyncio.create_task(gateway.http.post("/v1/qa/batch", json=body))
+    await until(lambda: fakes.shard.faults.running > 0)
+    leaving.cancel()
+    await until(lambda: not fakes.shard.faults.running)
+    await gateway.until_asked(0)
     await asyncio.sleep(0.3)
-    assert fakes.shard.faults.calls == started
+    # Of what began, all was cancelled, and nothing more begins: it would wait for the gate.
+    assert fakes.shard.faults.cancelled > 0
+    assert not fakes.shard.faults.running
 
 
 async def test_too_many_at_once_are_refused_at_once(gateway: Gateway, fakes: Fakes) -> None:
-    fakes.shard.faults.delay = 0.5
+    gate = fakes.shard.faults.hold()
     limits = httpx.Limits(max_connections=100)
-    async with httpx.AsyncClient(base_url=gateway.url, trust_env=False, limits=limits) as many:
-        responses = await asyncio.gather(
-            *(
+    async with httpx.AsyncClient(
+        base_url=gateway.url, trust_env=False, limits=limits, timeout=60
+    ) as many:
+        asked = [
+            asyncio.create_task(
                 many.post("/v1/qa", json={"question": f"m{i}", "context": "In 1912."})
-                for i in range(90)
             )
-        )
+            for i in range(90)
+        ]
+        await until(lambda: sum(one.done() for one in asked) >= 90 - 64)
+        gate.set()
+        responses = await asyncio.gather(*asked)
     refused = [r for r in responses if r.status_code == 503]
     assert {r.status_code for r in responses} == {200, 503}
     assert len(refused) == 90 - 64
@@ -292,13 +317,13 @@ async def test_readiness_tells_why_not(gateway: Gateway, fakes: Fakes) -> None:
         assert model["ready"] is False
     finally:
         fakes.shard.fingerprint = "model-1"
-    await gateway.ready()
+        await gateway.ready()
     fakes.shard.status = shard_pb.STAGE_STATUS_WAITING
     try:
         assert "as told" in (await gateway.ready(False)).json()["detail"]
     finally:
         fakes.shard.status = shard_pb.STAGE_STATUS_SERVING
-    await gateway.ready()
+        await gateway.ready()
 
 
 async def test_a_service_that_is_late_once_stays_in_use(gateway: Gateway, fakes: Fakes) -> None:
@@ -314,16 +339,28 @@ async def test_a_service_that_is_late_once_stays_in_use(gateway: Gateway, fakes:
 async def test_a_service_that_stays_silent_is_given_up(gateway: Gateway, fakes: Fakes) -> None:
     fakes.shard.describe_delays = [30.0] * 50
     try:
-        began = time.monotonic()
         response = await gateway.ready(False)
         assert "does not answer in time" in response.json()["detail"]
-        # Requests do not queue up behind each other's looks.
-        responses = await asyncio.gather(*(gateway.ask(f"s{i}", "In 1916.") for i in range(30)))
+        # Requests do not queue up behind each other's looks: all but the first would be late each
+        # time, and get a 504. Each waits for the service's return as long as its deadline lets it;
+        # a busy machine may be late once.
+        for _ in range(4):
+            responses = await asyncio.gather(
+                *(
+                    gateway.http.post(
+                        "/v1/qa",
+                        json={"question": f"s{i}", "context": "In 1916."},
+                        headers={"X-Request-Timeout": "4"},
+                    )
+                    for i in range(10)
+                )
+            )
+            if {r.status_code for r in responses} == {503}:
+                break
         assert {r.status_code for r in responses} == {503}
-        assert time.monotonic() - began < 15
     finally:
         fakes.shard.describe_delays = []
-    await gateway.ready()
+        await gateway.ready()
 
 
 async def test_models_and_stages(gateway: Gateway, fakes: Fakes) -> None:

@@ -35,7 +35,7 @@ async def raw(gateway: Gateway, data: bytes) -> tuple[int, dict[str, str], bytes
     try:
         writer.write(data)
         await writer.drain()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             status = int((await reader.readline()).split()[1])
             headers = {}
             while (line := await reader.readline()) not in (b"\r\n", b""):
@@ -208,7 +208,7 @@ async def test_ten_megabytes_without_a_length_are_refused_while_they_come(gatewa
     sent = 0
     refusal = b""
     try:
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             while sent < len(TEN_MEGABYTES):
                 writer.write(b"8000\r\n" + TEN_MEGABYTES[sent : sent + 0x8000] + b"\r\n")
                 await writer.drain()
@@ -216,7 +216,7 @@ async def test_ten_megabytes_without_a_length_are_refused_while_they_come(gatewa
     except ConnectionError:
         pass
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             refusal = await reader.read(4096)
     except ConnectionError:
         pass
@@ -240,8 +240,8 @@ async def test_with_expect_continue_nothing_need_be_sent(gateway: Gateway) -> No
         "POST /v1/qa HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
         "Content-Length: 10000000\r\nExpect: 100-continue\r\n\r\n"
     )
-    async with asyncio.timeout(1.5):
-        check(await raw(gateway, head.encode()), 413, "body-too-large")
+    # Were the body waited for, it would be a 408.
+    check(await raw(gateway, head.encode()), 413, "body-too-large")
 
 
 async def test_lengths_that_lie(gateway: Gateway) -> None:

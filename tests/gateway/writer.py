@@ -15,10 +15,13 @@ from services.rpc.streaming_server import Outlet
 
 END = 256
 """The token that ends a text; 0 to 255 are bytes."""
+ENGLISH, CHINESE = 257, 258
+"""Tokens that name a language; what is heard is Chinese, where one of them is to be chosen."""
 
 
 class FakeWriter:
-    """Writes `texts` (text i of a request: the i-th) in steps of `chunk` tokens."""
+    """Writes `texts` (text i of a request: the i-th) in steps of `chunk` tokens; of features,
+    their bytes."""
 
     def __init__(self) -> None:
         self.reset()
@@ -28,6 +31,7 @@ class FakeWriter:
         self.texts: list[bytes] = [b"Hello, world."]
         self.chunk = 1
         self.pause = 0.0
+        self.heard: Callable[[], int] | None = None
         self.codes: list[grpc.StatusCode] = []
         self.fails_after: int | None = None
         self.cached = 0
@@ -60,8 +64,11 @@ class FakeWriter:
                 tokens = sum(len(delta.token_ids) // 4 for delta in deltas)
                 total += tokens
                 self.written += tokens
+                before = self.heard and self.heard()
                 outlet.send(shard_pb.GenerateResponse(deltas=deltas))
                 await asyncio.sleep(self.pause)
+                while self.heard and self.heard() == before:
+                    await asyncio.sleep(0.001)
             usage = shard_pb.GenerationUsage(
                 prompt_tokens=len(request.input_ids) // 4,
                 cached_tokens=self.cached,
@@ -77,7 +84,8 @@ class FakeWriter:
             self.running -= 1
 
     def _steps(self, request: Any, index: int) -> list[shard_pb.TextDelta]:
-        tokens = [*self.texts[index % len(self.texts)], END]
+        text = request.features.data or self.texts[index % len(self.texts)]
+        tokens = [CHINESE] if CHINESE in request.sampling.logit_bias else [*text, END]
         reason = shard_pb.FINISH_REASON_STOP
         if request.max_tokens and len(tokens) > request.max_tokens:
             tokens = tokens[: request.max_tokens]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from miaotui.engine.decode.types import SamplingParams
-from miaotui.models import decoder_fused
+from miaotui.models import packed
 from miaotui.models.decoder_stage import DecoderBatch, DecoderStageModel
 from tests.decoder_checkpoints import DECODER_FAMILIES, make_decoder
 from tests.models.decoding import (
@@ -98,7 +98,7 @@ def test_mixed_batches_equal_generate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if stages == 1:  # as weights of real size are
-        monkeypatch.setattr(decoder_fused, "_PACKED_ELEMENTS", 0)
+        monkeypatch.setattr(packed, "_PACKED_ELEMENTS", 0)
     done = writings(texts[family])
     write(load_stages(decoders[family], SPLITS[stages]), done)
     assert texts_of(done) == [text for _, text in texts[family]]

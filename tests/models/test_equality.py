@@ -11,8 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
-from miaotui.models import attention
+from miaotui.models import attention, packed
+from miaotui.models.attention import PackedSequences, attend_runs
 from miaotui.models.layers import LayerRange
+from miaotui.models.packed import LinearPart, PackedLinear, rounded_rows
+from miaotui.models.product_attention import attend_by_products
 from miaotui.models.stage import StageBatch, StageModel
 from tests.checkpoints import EXAMPLES, FAMILIES, make_checkpoint, random_sequences
 from tests.models.conftest import LAYERS
@@ -88,10 +91,13 @@ def test_split_and_packed_equals_unsplit(
     assert expected.std() > 0.1
 
 
+@pytest.mark.parametrize("least", [0, 1 << 17])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fused_layers_equal_transformers_modules(
-    checkpoints: dict[str, Path], family: str, monkeypatch: pytest.MonkeyPatch
+    checkpoints: dict[str, Path], family: str, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # 0: weights are packed, as those of real size are.
+    monkeypatch.setattr(packed, "_PACKED_ELEMENTS", least)
     plain = StageModel.load(checkpoints[family], device="cpu", dtype="float32", fuse=False)
     fused = StageModel.load(checkpoints[family], device="cpu", dtype="float32")
     ids = torch.cat(random_sequences(plain.shape, LENGTHS))
@@ -101,12 +107,43 @@ def test_fused_layers_equal_transformers_modules(
         monkeypatch.setattr(type(layer), "forward", None)
     torch.testing.assert_close(fused.run(StageBatch(LENGTHS, ids)), expected, atol=1e-5, rtol=0)
     monkeypatch.undo()
-    # ... but with parameters that are laid out anew, it would still compute the same.
+    # ... but with parameters that are laid out anew, or unpacked, it would compute the same.
+    assert any(isinstance(m, LinearPart) for m in fused._skeleton.root.modules()) == (not least)
     hidden = fused.embed(ids, None, LENGTHS)
     again = StageModel(fused._skeleton, fused.shape, fused.info, fuse=False)
     torch.testing.assert_close(
         again.head(again.layers(hidden, LENGTHS)), expected, atol=1e-5, rtol=0
     )
+
+
+def test_few_numbers_of_rows_reach_the_kernels(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "_PACKED_ELEMENTS", 0)
+    plain = StageModel.load(checkpoints["bert"], device="cpu", dtype="float32", fuse=False)
+    fused = StageModel.load(checkpoints["bert"], device="cpu", dtype="float32")
+    rows: set[int] = set()
+    forward = PackedLinear.forward
+
+    def seen(self: PackedLinear, hidden: torch.Tensor, *activation: Any) -> torch.Tensor:
+        rows.add(len(hidden))
+        return forward(self, hidden, *activation)
+
+    monkeypatch.setattr(PackedLinear, "forward", seen)
+    # One sequence, equal ones, others, more than are computed at once; none of the sums is round.
+    for lengths in ([33], [1], [7, 7, 7], [301], [20, 3, 20, 64], [37], [300, 301, 20]):
+        ids = torch.cat(random_sequences(plain.shape, lengths))
+        batch = StageBatch(lengths, ids)
+        torch.testing.assert_close(fused.run(batch), plain.run(batch), atol=1e-5, rtol=0)
+    assert rows == {8, 24, 40, 112, 304, 336}
+
+
+def test_rounded_rows() -> None:
+    rounded = [rounded_rows(tokens) for tokens in range(1, 1025)]
+    assert all(tokens <= rows for tokens, rows in enumerate(rounded, 1))
+    assert all(rows - tokens <= max(7, tokens / 16) for tokens, rows in enumerate(rounded, 1))
+    assert rounded == sorted(rounded)
+    assert len(set(rounded)) == 64
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -138,9 +175,9 @@ def test_real_text_equals_unsplit(checkpoints: dict[str, Path], family: str) -> 
 def test_neighbours_in_a_batch_do_not_matter(checkpoints: dict[str, Path], family: str) -> None:
     stage = StageModel.load(checkpoints[family], device="cpu")
     sequences = random_sequences(stage.shape, (20, 3, 20, 64), seed=3)
-    packed = stage.run(StageBatch([20, 3, 20, 64], torch.cat(sequences)))
+    together = stage.run(StageBatch([20, 3, 20, 64], torch.cat(sequences)))
     alone = torch.cat([stage.run(StageBatch([len(ids)], ids)) for ids in sequences])
-    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["roberta", "xlm-roberta"])
@@ -165,6 +202,57 @@ def test_bfloat16_stays_near_transformers_own(checkpoints: dict[str, Path], fami
     error, own_error = (ours - exact).abs().mean(), (theirs - exact).abs().mean()
     assert error < 0.06 * exact.std()
     # No worse than bfloat16 is in transformers itself, give or take rounding.
+    assert error < 1.3 * own_error
+
+
+def _attended(
+    multiplied: bool, dtype: torch.dtype, lengths: tuple[int, ...], patch: pytest.MonkeyPatch
+) -> tuple[torch.Tensor, int]:
+    """Attention of made-up sequences, and how many runs were attended by products."""
+    calls = []
+
+    def products(*args: Any) -> None:
+        calls.append(args)
+        attend_by_products(*args)
+
+    patch.setattr(attention, "multiplies_bfloat16", lambda _device: multiplied)
+    patch.setattr(attention, "attend_by_products", products)
+    generator = torch.Generator().manual_seed(7)
+    inputs = torch.randn(sum(lengths), 3, 4, 24, generator=generator)
+    query, key, value = inputs.permute(1, 2, 0, 3).unsqueeze(1)
+    packed_lengths = PackedSequences.of(lengths, torch.device("cpu"))
+    return attend_runs(query, key, value, packed_lengths, dtype=dtype), len(calls)
+
+
+# Below, at and above a multiple of 32; several in a group; more than one group; alone.
+@pytest.mark.parametrize("lengths", [(1, 31, 32, 33), (17,) * 9, (300,) * 5, (100,)])
+def test_attention_by_products(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, none = _attended(True, torch.float32, lengths, monkeypatch)
+    ours, runs = _attended(True, torch.bfloat16, lengths, monkeypatch)
+    assert (none, runs) == (0, len(set(lengths)))
+    assert ours.dtype is torch.float32
+    # Scores and weights are rounded to 8 bits.
+    torch.testing.assert_close(ours, exact, atol=0.04, rtol=0)
+    # Elsewhere it is torch's.
+    again, none = _attended(False, torch.bfloat16, lengths, monkeypatch)
+    assert none == 0
+    assert torch.equal(again, exact)
+
+
+@pytest.mark.parametrize("multiplied", [False, True])
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_bfloat16_answers_alike_either_way(
+    checkpoints: dict[str, Path], family: str, multiplied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "multiplies_bfloat16", lambda _device: multiplied)
+    monkeypatch.setattr(packed, "_PACKED_ELEMENTS", 0)
+    directory = checkpoints[family]
+    sequences = random_sequences(StageModel.load(directory, device="cpu").shape, (40, 12, 12, 90))
+    exact = reference(directory, sequences)
+    ours = split_run(directory, "0-2,2-4", sequences, dtype=torch.bfloat16)
+    theirs = reference(directory, sequences, dtype=torch.bfloat16)
+    error, own_error = (ours - exact).abs().mean(), (theirs - exact).abs().mean()
+    assert error < 0.06 * exact.std()
     assert error < 1.3 * own_error
 
 

@@ -148,6 +148,8 @@ BOMB = '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><x>&b;</x>'
         ("a.pdf", pdf([[]]), "no text"),
         ("a.pdf", _encrypted(), "password"),
         ("a.docx", b"not a zip", "damaged"),
+        # The directory's place, far before the file's beginning.
+        ("a.docx", _zip("word/document.xml", "<a/>")[:-6] + b"\xff\xff\xff\x7f\0\0", "damaged"),
         ("a.docx", _zip("other.xml", "x"), "not a Word document"),
         ("a.docx", _zip("word/document.xml", "<broken"), "damaged"),
         ("a.docx", _zip("word/document.xml", BOMB), "document type"),

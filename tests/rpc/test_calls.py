@@ -25,6 +25,8 @@ class Echo:
     def __init__(self) -> None:
         self.running = 0
         self.cancelled = 0
+        self.go = asyncio.Event()
+        """Lets those go on that were asked to hold."""
         self.seen: list[tuple[float | None, dict[str, str]]] = []
         self.calls = CallServer(
             "miaotui.v1.TokenizerService/Encode",
@@ -47,7 +49,9 @@ class Echo:
         self.running += 1
         try:
             if request.question == "wait":
-                await asyncio.sleep(30)
+                await asyncio.sleep(300)
+            if request.question == "hold":
+                await self.go.wait()
             if request.question == "refuse":
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "question: not that one")
             if request.question == "fail":
@@ -86,7 +90,7 @@ Stream = CallStream[pb.EncodeRequest, pb.EncodeResponse]
 
 
 async def _until(condition: Any) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -94,7 +98,7 @@ async def _until(condition: Any) -> None:
 async def test_answers_find_their_calls_in_any_order(echo: Echo, stream: Stream) -> None:
     questions = ["x" * (1 + (n * 7) % 40) for n in range(200)]
     answers = await asyncio.gather(
-        *(stream(pb.EncodeRequest(question=q), timeout=20) for q in questions)
+        *(stream(pb.EncodeRequest(question=q), timeout=60) for q in questions)
     )
     assert [answer.passage.fingerprint for answer in answers] == questions
     assert echo.running == 0
@@ -102,11 +106,11 @@ async def test_answers_find_their_calls_in_any_order(echo: Echo, stream: Stream)
 
 async def test_deadline_and_trace_travel_with_each_call(echo: Echo, stream: Stream) -> None:
     trace = f"00-{7:032x}-{9:016x}-00"
-    await stream(pb.EncodeRequest(question="q"), timeout=5, metadata=(("traceparent", trace),))
+    await stream(pb.EncodeRequest(question="q"), timeout=50, metadata=(("traceparent", trace),))
     await stream(pb.EncodeRequest(question="q"))
     (left, metadata), (unlimited, nothing) = echo.seen
     assert left is not None
-    assert 4 < left <= 5
+    assert 20 < left <= 50
     assert metadata == {"traceparent": trace}
     assert unlimited is None
     assert nothing == {}
@@ -114,56 +118,61 @@ async def test_deadline_and_trace_travel_with_each_call(echo: Echo, stream: Stre
 
 async def test_refusals_and_failures_are_statuses(echo: Echo, stream: Stream) -> None:
     with pytest.raises(aio.AioRpcError) as refused:
-        await call(stream, pb.EncodeRequest(question="refuse"), name="s/M", timeout=5)
+        await call(stream, pb.EncodeRequest(question="refuse"), name="s/M", timeout=60)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert refused.value.details() == "question: not that one"
     with pytest.raises(aio.AioRpcError) as failed:
-        await stream(pb.EncodeRequest(question="fail", text="a secret"), timeout=5)
+        await stream(pb.EncodeRequest(question="fail", text="a secret"), timeout=60)
     assert failed.value.code() is grpc.StatusCode.INTERNAL
     assert "secret" not in str(failed.value.details())
-    assert (await stream(pb.EncodeRequest(question="on"), timeout=5)).passage.fingerprint == "on"
+    assert (await stream(pb.EncodeRequest(question="on"), timeout=60)).passage.fingerprint == "on"
 
 
 async def test_a_deadline_ends_the_work(echo: Echo, stream: Stream) -> None:
-    with pytest.raises(aio.AioRpcError) as late:
-        await stream(pb.EncodeRequest(question="wait"), timeout=0.1)
-    assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await _until(lambda: echo.cancelled == 1 and echo.running == 0)
+    for seconds in (0.1, 2.0, 8.0):  # on a busy machine the first may be over on its way
+        with pytest.raises(aio.AioRpcError) as late:
+            await stream(pb.EncodeRequest(question="wait"), timeout=seconds)
+        assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        if echo.seen:
+            break
+    await _until(lambda: echo.cancelled == len(echo.seen) > 0 and echo.running == 0)
 
 
 async def test_cancelling_one_call_leaves_the_others(echo: Echo, stream: Stream) -> None:
-    waiting = asyncio.ensure_future(stream(pb.EncodeRequest(question="wait"), timeout=20))
-    other = asyncio.ensure_future(stream(pb.EncodeRequest(question="x" * 300), timeout=20))
+    waiting = asyncio.ensure_future(stream(pb.EncodeRequest(question="wait"), timeout=60))
+    other = asyncio.ensure_future(stream(pb.EncodeRequest(question="hold"), timeout=60))
     await _until(lambda: echo.running == 2)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    assert (await other).passage.fingerprint == "x" * 300
     await _until(lambda: echo.cancelled == 1)
+    echo.go.set()
+    assert (await other).passage.fingerprint == "hold"
 
 
 async def test_a_broken_stream_fails_its_calls_and_opens_anew(echo: Echo, stream: Stream) -> None:
-    waiting = asyncio.ensure_future(stream(pb.EncodeRequest(question="wait"), timeout=20))
+    waiting = asyncio.ensure_future(stream(pb.EncodeRequest(question="wait"), timeout=60))
     await _until(lambda: echo.running == 1)
     stream.close()
     with pytest.raises(aio.AioRpcError) as broken:
         await waiting
     assert broken.value.code() is grpc.StatusCode.UNAVAILABLE
     await _until(lambda: echo.cancelled == 1)
-    assert (await stream(pb.EncodeRequest(question="q"), timeout=5)).passage.fingerprint == "q"
+    assert (await stream(pb.EncodeRequest(question="q"), timeout=60)).passage.fingerprint == "q"
 
 
 async def test_draining_finishes_open_calls_and_refuses_new_ones(
     echo: Echo, stream: Stream
 ) -> None:
-    open_call = asyncio.ensure_future(stream(pb.EncodeRequest(question="x" * 200), timeout=20))
+    open_call = asyncio.ensure_future(stream(pb.EncodeRequest(question="hold"), timeout=60))
     await _until(lambda: echo.running == 1)
-    draining = asyncio.ensure_future(echo.calls.drain(5))
+    draining = asyncio.ensure_future(echo.calls.drain(60))
     await asyncio.sleep(0.02)
     with pytest.raises(aio.AioRpcError) as refused:
-        await stream(pb.EncodeRequest(question="q"), timeout=5)
+        await stream(pb.EncodeRequest(question="q"), timeout=60)
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert (await open_call).passage.fingerprint == "x" * 200
+    echo.go.set()
+    assert (await open_call).passage.fingerprint == "hold"
     await draining
 
 
@@ -175,7 +184,7 @@ async def test_nobody_there(stream: Stream) -> None:
             lambda header, request: pb.EncodeStreamRequest(call=header, request=request),
         )
         with pytest.raises(aio.AioRpcError) as error:
-            await lost(pb.EncodeRequest(question="q"), timeout=5)
+            await lost(pb.EncodeRequest(question="q"), timeout=60)
         assert error.value.code() is grpc.StatusCode.UNAVAILABLE
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -45,6 +47,8 @@ class Counter:
         self.seen: list[tuple[float | None, dict[str, str]]] = []
         self.cancelled: list[int] = []
         self.tick = 0.005
+        self.ticks = math.inf
+        """How many are still to come."""
         self._started = 0
         self.streamed = StreamedCallServer(
             f"{SERVICE}/Generate", self.start, pb.GenerateStreamResponse
@@ -112,6 +116,9 @@ class Counter:
     async def run(self) -> None:
         while True:
             await asyncio.sleep(self.tick)
+            if self.ticks <= 0:
+                continue
+            self.ticks -= 1
             for number, (outlet, count, most) in list(self.calls.items()):
                 outlet.send(_response(count))
                 self.calls[number] = (outlet, count + 1, most)
@@ -150,7 +157,7 @@ async def calls(counter: Counter) -> AsyncIterator[Calls]:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -174,7 +181,11 @@ async def _collect(
 
 async def test_every_call_gets_its_own_responses_in_order(counter: Counter, calls: Calls) -> None:
     lengths = [1 + (n * 7) % 40 for n in range(100)]
-    texts = await asyncio.gather(*(_all(calls, n, timeout=20) for n in lengths))
+    counter.ticks = 0
+    reading = asyncio.gather(*(_all(calls, n, timeout=60) for n in lengths))
+    await _until(lambda: len(counter.calls) == 100)
+    counter.ticks = math.inf
+    texts = await reading
     assert texts == [list(range(n)) for n in lengths]
     assert not counter.calls
     # What all calls got in one turn went out together.
@@ -183,11 +194,11 @@ async def test_every_call_gets_its_own_responses_in_order(counter: Counter, call
 
 async def test_deadline_and_trace_travel_with_each_call(counter: Counter, calls: Calls) -> None:
     trace = f"00-{7:032x}-{9:016x}-00"
-    await _all(calls, 1, timeout=5, metadata=(("traceparent", trace),))
+    await _all(calls, 1, timeout=50, metadata=(("traceparent", trace),))
     await _all(calls, 1)
     (left, metadata), (unlimited, nothing) = counter.seen
     assert left is not None
-    assert 4 < left <= 5
+    assert 20 < left <= 50
     assert metadata == {"traceparent": trace}
     assert (unlimited, nothing) == (None, {})
 
@@ -204,54 +215,63 @@ async def test_refusals_and_failures_are_statuses(
     name: str, tokens: int, code: grpc.StatusCode, counter: Counter, calls: Calls
 ) -> None:
     with pytest.raises(aio.AioRpcError) as caught:
-        await _all(calls, tokens, name, timeout=5)
+        await _all(calls, tokens, name, timeout=60)
     assert caught.value.code() is code
     assert "secret" not in str(caught.value.details())
     await _until(lambda: not counter.calls)
-    assert await _all(calls, 3, timeout=5) == [0, 1, 2]
+    assert await _all(calls, 3, timeout=60) == [0, 1, 2]
 
 
 async def test_what_came_before_an_error_is_not_lost(counter: Counter, calls: Calls) -> None:
     counter.tick = 0.0005
     got: list[pb.GenerateResponse] = []
     with pytest.raises(aio.AioRpcError) as caught:
-        await _collect(calls(_request(FAILS), timeout=20), got)
+        await _collect(calls(_request(FAILS), timeout=60), got)
     assert _tokens(got) == list(range(FAILS))
     assert caught.value.code() is grpc.StatusCode.INTERNAL
 
 
 async def test_a_deadline_ends_the_work(counter: Counter, calls: Calls) -> None:
-    got: list[pb.GenerateResponse] = []
-    with pytest.raises(aio.AioRpcError) as late:
-        await _collect(calls(_request(0), timeout=0.2), got)
-    assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    for seconds in (0.2, 2.0, 8.0):  # on a busy machine the first may be over too early
+        got: list[pb.GenerateResponse] = []
+        with pytest.raises(aio.AioRpcError) as late:
+            await _collect(calls(_request(0), timeout=seconds), got)
+        assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        if len(_tokens(got)) >= 3:
+            break
     assert _tokens(got)[:3] == [0, 1, 2]
-    await _until(lambda: counter.cancelled == [0] and not counter.calls)
+    await _until(lambda: len(counter.cancelled) > 0 and not counter.calls)
 
 
 @pytest.mark.parametrize("how", ["close", "task", "block"])
 async def test_cancelling_one_call_leaves_the_others(
     how: str, counter: Counter, calls: Calls
 ) -> None:
-    other = asyncio.ensure_future(_all(calls, 60, timeout=20))
+    counter.ticks = 10  # so that the other one is not over before this one is cancelled
+    other = asyncio.ensure_future(_all(calls, 60, timeout=60))
     if how == "task":
-        task = asyncio.ensure_future(_all(calls, 0, timeout=20))
+        task = asyncio.ensure_future(_all(calls, 0, timeout=60))
         await _until(lambda: len(counter.calls) == 2)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
     elif how == "close":
-        call = calls(_request(0), timeout=20)
+        call = calls(_request(0), timeout=60)
+        await _until(lambda: len(counter.calls) == 2)
+        counter.ticks = 10
         await anext(call)
         await call.aclose()
         with pytest.raises(aio.AioRpcError) as caught:
             await anext(call)
         assert caught.value.code() is grpc.StatusCode.CANCELLED
     else:
-        async with calls(_request(0), timeout=20) as call:
+        async with calls(_request(0), timeout=60) as call:
+            await _until(lambda: len(counter.calls) == 2)
+            counter.ticks = 10
             async for _ in call:
                 break
     await _until(lambda: len(counter.cancelled) == 1)
+    counter.ticks = math.inf
     assert await other == list(range(60))
     assert not counter.calls
 
@@ -259,7 +279,7 @@ async def test_cancelling_one_call_leaves_the_others(
 async def test_a_broken_stream_fails_its_calls_and_opens_anew(
     counter: Counter, calls: Calls
 ) -> None:
-    waiting = [asyncio.ensure_future(_all(calls, 0, timeout=20)) for _ in range(3)]
+    waiting = [asyncio.ensure_future(_all(calls, 0, timeout=60)) for _ in range(3)]
     await _until(lambda: len(counter.calls) == 3)
     calls.close()
     for call in waiting:
@@ -267,19 +287,21 @@ async def test_a_broken_stream_fails_its_calls_and_opens_anew(
             await call
         assert broken.value.code() is grpc.StatusCode.UNAVAILABLE
     await _until(lambda: sorted(counter.cancelled) == [0, 1, 2])
-    assert await _all(calls, 2, timeout=5) == [0, 1]
+    assert await _all(calls, 2, timeout=60) == [0, 1]
 
 
 async def test_draining_finishes_open_calls_and_refuses_new_ones(
     counter: Counter, calls: Calls
 ) -> None:
-    open_call = asyncio.ensure_future(_all(calls, 60, timeout=20))
+    counter.ticks = 0
+    open_call = asyncio.ensure_future(_all(calls, 60, timeout=60))
     await _until(lambda: len(counter.calls) == 1)
-    draining = asyncio.ensure_future(counter.streamed.drain(10))
+    draining = asyncio.ensure_future(counter.streamed.drain(60))
     await asyncio.sleep(0.02)
     with pytest.raises(aio.AioRpcError) as refused:
-        await _all(calls, 1, timeout=5)
+        await _all(calls, 1, timeout=60)
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    counter.ticks = math.inf
     assert await open_call == list(range(60))
     await draining
 
@@ -287,7 +309,7 @@ async def test_draining_finishes_open_calls_and_refuses_new_ones(
 async def test_nobody_there() -> None:
     async with open_channel("127.0.0.1:1") as channel:
         with pytest.raises(aio.AioRpcError) as error:
-            await _all(_calls(channel), 1, timeout=5)
+            await _all(_calls(channel), 1, timeout=60)
         assert error.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
@@ -302,7 +324,7 @@ async def test_a_reader_that_stands_still_gets_merged_news_and_holds_nobody_up(
             await still.write(pb.GenerateStreamRequest(call=header, request=_request(1500)))
         await _until(lambda: len(counter.calls) == 200)
         # HTTP/2's window fills, and the server stops writing to the one that does not read.
-        assert await _all(calls, 20, timeout=20) == list(range(20))
+        assert await _all(calls, 20, timeout=60) == list(range(20))
         await _until(lambda: not counter.calls)
         texts: dict[int, list[pb.GenerateResponse]] = {n: [] for n in range(1, 201)}
         ended = 0
@@ -315,19 +337,42 @@ async def test_a_reader_that_stands_still_gets_merged_news_and_holds_nobody_up(
     assert any(len(response.deltas) > 1 for text in texts.values() for response in text)
 
 
+async def test_a_reader_that_takes_its_time_is_behind_by_one_response(
+    counter: Counter, calls: Calls
+) -> None:
+    counter.ticks = 0
+    call = calls(_request(30), timeout=60)
+    await _until(lambda: len(counter.calls) == 1)
+    counter.ticks = 1
+    got = [await anext(call)]
+    counter.ticks = math.inf
+    await _until(lambda: not counter.calls)
+    await _all(calls, 1, timeout=60)  # what the first call was sent is here, too
+    await _collect(call, got)
+    assert len(got) == 2
+    assert _tokens(got) == list(range(30))
+
+
 async def test_a_slow_reader_of_one_call_loses_only_that_call(
     counter: Counter, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = calls(_request(0), timeout=20)
-    await anext(slow)
+    counter.ticks = 0
+    slow = calls(_request(0), timeout=60)
+    await _until(lambda: len(counter.calls) == 1)
+    counter.ticks = 1
+    first = await anext(slow)
     monkeypatch.setattr(streaming, "MAX_WAITING", 5)
+    counter.ticks = math.inf
     await _until(lambda: counter.cancelled == [0])
     got: list[pb.GenerateResponse] = []
     with pytest.raises(aio.AioRpcError) as caught:
         await _collect(slow, got)
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert len(got) == 5
-    assert await _all(calls, 3, timeout=5) == [0, 1, 2]
+    assert len(got) == 1  # what waited is one, merged
+    waited = len(got[0].deltas)  # of five responses, some of which may be merged already
+    assert waited >= 5
+    assert _tokens([first, *got]) == list(range(1 + waited))
+    assert await _all(calls, 3, timeout=60) == [0, 1, 2]
 
 
 async def test_a_client_that_sends_no_more_gets_the_rest(counter: Counter) -> None:
@@ -348,6 +393,10 @@ async def test_a_call_id_may_not_be_used_twice(counter: Counter) -> None:
         for _ in range(2):
             header = calls_pb2.CallHeader(call_id=1)
             await opened.write(pb.GenerateStreamRequest(call=header, request=_request(0)))
+        # A stream's status comes after its messages: who does not read them waits for ever.
+        with suppress(aio.AioRpcError):
+            async for _ in opened:
+                pass
         assert await opened.code() is grpc.StatusCode.INVALID_ARGUMENT
         await _until(lambda: not counter.calls)
 

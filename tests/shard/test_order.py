@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from miaotui.engine.batch import Batch, CancelledSet, SequenceMeta
+from miaotui.engine.decode.share import KvShare
 from miaotui.engine.decode.types import DecodeSlice, SampledTokens
 from miaotui.engine.head import Head, HeadSettings
 from miaotui.engine.runner import StageRunner
@@ -22,7 +23,8 @@ from miaotui.v1 import shard_pb2 as pb
 from miaotui.v1 import tensor_pb2
 from services.shard.codec import Frame
 from services.shard.convert import batch_to_frame
-from services.shard.link import _Connection
+from services.shard.lane import Lane
+from services.shard.link import LinkClock, _Connection
 from services.shard.stage import Stage
 
 BATCHES = 40
@@ -84,26 +86,40 @@ async def test_a_stage_passes_on_in_the_order_of_arrival(monkeypatch: pytest.Mon
     stage = Stage(
         info,
         runner,
-        next_address="nowhere:1",
+        stages=[["nowhere:1"], ["nowhere:2"], ["nowhere:3"]],
+        shares=1,
         wire_dtype="float32",
         inbox_batches=BATCHES,
         part_bytes=1 << 20,
+        stall_seconds=30,
         status_changed=changed,
     )
+    answers: Any = Answers()
+    lane = Lane(
+        stage,
+        "lane",
+        (info,),
+        KvShare(),
+        answers,
+        target="nowhere:3",
+        hello=pb.Hello(),
+        inbox_batches=BATCHES,
+        part_bytes=1 << 20,
+        clock=LinkClock(),
+    )
     call: Any = Call()
-    connection = _Connection(call, window=1)
+    connection = _Connection(call, 1, LinkClock())
 
     async def send(frame: Frame) -> None:
         await connection.send(frame, 1 << 20)
 
-    monkeypatch.setattr(stage.link, "send", send)
+    monkeypatch.setattr(lane.link, "send", send)
     # There is nothing to compute for these, so that they are done at once.
     failed = range(5, BATCHES, 5)
     for number in range(1, BATCHES + 1):
-        stage._inbox.put_nowait(_batch(number, failed=number in failed))
-    answers: Any = Answers()
-    consumer = asyncio.create_task(stage._consume(answers))
-    async with asyncio.timeout(20):
+        lane._inbox.put_nowait(_batch(number, failed=number in failed))
+    consumer = asyncio.create_task(lane._work())
+    async with asyncio.timeout(60):
         while len(call.written) < BATCHES:
             await asyncio.sleep(0.002)
             connection.credit()
@@ -120,13 +136,13 @@ async def test_a_stage_passes_on_in_the_order_of_arrival(monkeypatch: pytest.Mon
 
 async def test_who_waits_for_room_is_not_overtaken() -> None:
     call: Any = Call()
-    connection = _Connection(call, window=1)
+    connection = _Connection(call, 1, LinkClock())
 
     def sending(number: int) -> Coroutine[Any, Any, None]:
         frame = batch_to_frame(_batch(number), "float32", results=False)
         return connection.send(frame, 1 << 20)
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await sending(1)
         waiting = [asyncio.create_task(sending(number)) for number in (2, 3)]
         await asyncio.sleep(0.01)
@@ -166,7 +182,7 @@ async def test_the_head_sends_in_the_order_of_its_batches() -> None:
     )
     head.pipeline_up()
     ids = np.ones(1, np.int32)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await asyncio.gather(*(head.infer("r", [(ids, None)]) for _ in range(BATCHES)))
     assert sent == list(range(1, BATCHES + 1))
 

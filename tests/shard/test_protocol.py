@@ -118,7 +118,7 @@ class Head:
                 self.answers.put_nowait(answer)
 
         self.listener = asyncio.ensure_future(listen())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (await self.describe()).status != pb.STAGE_STATUS_SERVING:
                 await asyncio.sleep(0.02)
         return call
@@ -146,7 +146,7 @@ class Head:
         return frame, self.reference.run(StageBatch(lengths, input_ids=ids))
 
     async def result(self) -> Frame:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return await self.results.get()
 
 
@@ -214,13 +214,13 @@ async def test_cancelled_and_overdue_sequences_are_dropped_and_named(head: Head)
 
 async def test_more_than_the_window_is_refused_with_resource_exhausted(head: Head) -> None:
     call = await head.greet()
-    head.process.process.send_signal(19)  # SIGSTOP: the batches arrive while nothing is taken
     sent = [encode(head.frame(30 + n, [400] * 3)[0]) for n in range(12)]
+    head.process.process.send_signal(19)  # SIGSTOP: the batches arrive while nothing is taken
     for data in sent:
         await call.write(data)
     head.process.process.send_signal(18)
     answers: list[pb.ForwardResponse] = []
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while len(answers) < len(sent):
             answers.append(await head.answers.get())
     refused = [answer.reject for answer in answers if answer.WhichOneof("frame") == "reject"]
@@ -282,7 +282,7 @@ def _batch_with(**fields: Any) -> Change:
 async def test_malformed_frames_end_the_stream_and_nothing_else(head: Head, change: Change) -> None:
     call = await head.greet()
     await call.write(change(head))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
     call = await head.greet()
     frame, expected = head.frame(42, [3])

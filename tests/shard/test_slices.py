@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from miaotui.engine.decode.types import (
 )
 from miaotui.engine.tensors import TensorFormatError
 from miaotui.v1 import shard_pb2 as pb
+from miaotui.v1 import tensor_pb2
 from services.shard.codec import Frame, decode, encode
 from services.shard.convert import batch_to_frame, frame_to_batch
 from services.shard.generate import read_request, update_to_proto
@@ -41,9 +43,9 @@ def _ids(*values: int) -> TokenIds:
     return np.asarray(values, np.int32)
 
 
-def _travelled(batch: Batch, *, results: bool = False) -> Batch:
+def _travelled(batch: Batch, *, results: bool = False, limits: DecodeLimits = LIMITS) -> Batch:
     frame = decode(encode(batch_to_frame(batch, "float32", results=results)))
-    return frame_to_batch(frame, WIDTH, LIMITS)
+    return frame_to_batch(frame, WIDTH, limits)
 
 
 def _batch() -> Batch:
@@ -92,6 +94,35 @@ def test_slices_arrive_as_they_were_sent() -> None:
     # Prompts are reported by every stage, the tokens that follow are not.
     assert got.sequences[0].trace == sent.sequences[0].trace
     assert got.sequences[1].trace == {}
+
+
+def test_sources_travel_as_rows_until_tokens_are_embedded() -> None:
+    """Of an encoder-decoder model: four rows of the sequence that begins, then one a token."""
+    sent = _batch()
+    for meta in sent.sequences:
+        assert meta.decode is not None
+        meta.decode.tokens = np.arange(meta.length, dtype=np.int32)
+        meta.decode.blocks = _ids(8, *meta.decode.blocks)
+    for embedded, rows in ((False, 4), (True, 4 + 9)):
+        limits = replace(LIMITS, source_rows=4, embedded=embedded)
+        sent.hidden = torch.arange(rows * 3, dtype=torch.float32).view(rows, 3)
+        got = _travelled(sent, limits=limits)
+        assert got.hidden is not None
+        assert torch.equal(got.hidden, sent.hidden)
+        for meta in got.sequences:
+            assert meta.decode is not None
+            assert meta.decode.tokens.tolist() == list(range(meta.length))
+        with pytest.raises(TensorFormatError, match="rows of width"):
+            _travelled(sent, limits=replace(limits, source_rows=3))
+    with pytest.raises(TensorFormatError, match="KV blocks"):
+        _travelled(sent, limits=replace(limits, source_rows=5))
+    with pytest.raises(TensorFormatError, match="token ids"):
+        _travelled(_batch(), limits=replace(LIMITS, source_rows=0 + 1, block_tokens=64))
+    # Nothing begins, nothing is embedded yet: no rows at all.
+    sent = Batch(9, sent.sequences[1:], torch.zeros(0, 3))
+    got = _travelled(sent, limits=replace(LIMITS, source_rows=4, embedded=False))
+    assert got.hidden is not None
+    assert got.hidden.shape == (0, 3)
 
 
 def test_sampled_tokens_arrive_and_nothing_else_does() -> None:
@@ -230,6 +261,21 @@ def _read(**fields: Any) -> Any:
     return read_request(pb.GenerateRequest(**fields), vocabulary=VOCABULARY, context=CONTEXT)
 
 
+def _features(dtype: int, shape: list[int], size: int) -> pb.Features:
+    header = tensor_pb2.TensorHeader(dtype=tensor_pb2.Dtype.ValueType(dtype), shape=shape)
+    return pb.Features(header=header, data=bytes(size))
+
+
+def test_features_are_read_in_place() -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    message = _features(1, [2, 3], 24)
+    message.data = values.tobytes()
+    source = _read(features=message).source
+    assert source.dtype == np.float32
+    assert source.tolist() == values.tolist()
+    assert _read().source is None
+
+
 def test_requests_are_read() -> None:
     request = _read(max_tokens=5, stop_token_ids=[2, 3], n=2, draft_tokens=0)
     assert request.prompt.tolist() == [1, 2]
@@ -250,6 +296,10 @@ def test_requests_are_read() -> None:
         ("n", {"n": 129}),
         ("stop_token_ids", {"stop_token_ids": [VOCABULARY]}),
         ("stop_token_ids", {"stop_token_ids": [1] * 2000}),
+        ("features.header.dtype", {"features": _features(2, [3], 6)}),
+        ("features.header.dtype", {"features": pb.Features(data=bytes(4))}),
+        ("features.header.shape", {"features": _features(1, [-3], 12)}),
+        ("features.data", {"features": _features(1, [2, 3], 23)}),
         ("sampling.json_schema", {"sampling": pb.SamplingParams(json_schema="{")}),
         ("sampling.json_schema", {"sampling": pb.SamplingParams(json_schema='{"type": "odd"}')}),
     ],

@@ -33,7 +33,9 @@ from tests.text.strategies import FAMILY, markup_texts, texts
 Pairs = Callable[[str], Pair]
 AS_SENT = TextOptions(Normalization.NONE)
 families = pytest.mark.parametrize("family", FAMILIES)
-shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+shared = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+)
 # Nothing that cleaning changes, and no cluster or white space that offsets are changed for.
 plain_texts = st.lists(
     st.sampled_from(
@@ -334,7 +336,7 @@ def test_messages_hold_nothing_of_the_text(tokenizer_pair: Pairs) -> None:
 def test_a_million_characters(family: str, tokenizer_pair: Pairs) -> None:
     """One word, no spaces: what a tokenizer might be quadratic in."""
     ours, _ = tokenizer_pair(family)
-    begin = time.perf_counter()
+    begin = time.process_time()
     for unit in ("x", "的"):
         assert len(ours.tokenize(unit * 200_000)) >= 1
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10

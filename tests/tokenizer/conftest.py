@@ -49,7 +49,7 @@ class Service:
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
-                await stub.Describe(pb.TokenizerServiceDescribeRequest(), timeout=5)
+                await stub.Describe(pb.TokenizerServiceDescribeRequest(), timeout=60)
                 return
             except aio.AioRpcError as error:
                 if error.code() is not grpc.StatusCode.UNAVAILABLE:

@@ -20,6 +20,7 @@ from miaotui.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from miaotui.text.detokenize import Detokenizer, Growth
 from miaotui.text.errors import ModelDirectoryError
 from miaotui.text.prompts import Chat, PromptError, is_decoder, load_prompt_tokenizer
+from miaotui.text.tokenizer import LONG_TEXT
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tokenizer_pb2 as pb
 from miaotui.v1.tokenizer_pb2_grpc import TokenizerServiceStub
@@ -181,7 +182,7 @@ async def test_tokens_of_many_texts_come_back_as_whole_characters(
         lambda call, request: pb.DecodeBatchStreamRequest(call=call, request=request),
     )
     replies = await asyncio.gather(
-        *(encode(pb.EncodePromptRequest(text=text), timeout=10) for text in TEXTS)
+        *(encode(pb.EncodePromptRequest(text=text), timeout=60) for text in TEXTS)
     )
     left = [ids_of(reply) for reply in replies]
     windows: list[list[int]] = [[] for _ in TEXTS]
@@ -202,7 +203,7 @@ async def test_tokens_of_many_texts_come_back_as_whole_characters(
                     flush=not left[index],
                 )
             )
-        response = await decode(pb.DecodeBatchRequest(items=items), timeout=10)
+        response = await decode(pb.DecodeBatchRequest(items=items), timeout=60)
         for index, item in zip(who, response.items, strict=True):
             assert "\ufffd" not in item.text
             texts[index] += item.text
@@ -282,6 +283,12 @@ def test_tokenizers_with_spaces_and_byte_tokens() -> None:
     ids = backend.encode(text).ids
     assert read_all(detokenizer, ids, lambda: 1) == text
     assert b"".join(detokenizer.piece(token) for token in ids) == b" " + text.encode()
+    # Cut within a character, the characters before it stay, though all came at once.
+    cut = backend.encode("hello 北京😀").ids[:-2]
+    assert read_all(detokenizer, cut, lambda: len(cut)) == "hello 北京\ufffd\ufffd"
+    # A batch of many tokens is read on threads, with the same result.
+    many = [Growth(np.array(ids, np.int32), 0, True)] * (LONG_TEXT // len(ids) + 1)
+    assert {gained.text for gained in detokenizer.read(many)} == {text}
 
 
 def test_templates_that_refuse_or_fail(decoder: Path, tmp_path: Path) -> None:

@@ -190,6 +190,23 @@ async def test_a_document_that_many_share_is_computed_once(stages: int) -> None:
     check(ring)
 
 
+async def test_prompts_of_different_salts_share_nothing() -> None:
+    ring = Ring(settings(), MODEL, blocks=400, block_tokens=4)
+    document = [token % 50 for token in range(100)]
+    cached = []
+    for salt in (b"", b"one tenant", b"another", b"one tenant", b""):
+        request = GenerationRequest(ids(*document, 1), max_tokens=2, cache_salt=salt)
+        listener = Listener()
+        ring.head.submit("r", request, listener)
+        await finish(listener)
+        assert is_reference(listener, request)
+        usage = listener.updates[-1].usage
+        assert usage is not None
+        cached.append(usage.cached_tokens)
+    assert cached == [0, 0, 0, 100, 100]
+    check(ring)
+
+
 async def test_a_second_turn_finds_the_first_ones_text() -> None:
     ring = Ring(settings(), MODEL, blocks=64, block_tokens=4)
     first, second = Listener(), Listener()
@@ -228,6 +245,20 @@ async def test_texts_are_spread_over_the_stages() -> None:
     sizes = [len(batch.sequences) for batch in ring.batches[10:-10]]
     assert set(sizes) == {4}
     assert max(batch.in_flight for batch in ring.batches) <= 4
+    check(ring)
+
+
+async def test_first_and_last_tokens_are_told_at_once_and_the_others_seldom() -> None:
+    ring = Ring(settings(news_seconds=60.0), MODEL, blocks=200, block_tokens=4)
+    first, second = Listener(), Listener()
+    ring.head.submit("r", GenerationRequest(ids(1, 2), max_tokens=40), first)
+    await turns(20)
+    assert len(first.updates) == 1
+    ring.head.submit("r", GenerationRequest(ids(2, 3), max_tokens=2), second)
+    await finish(first, second)
+    # The second's first token, its end, and the first's end: what is new goes along.
+    assert len(first.updates) <= 4
+    assert len(first.texts[0]) == 40
     check(ring)
 
 

@@ -21,6 +21,7 @@ from transformers import (
 from miaotui.engine.decode.filters import Choice, draw_tokens, thresholds, uniform
 from miaotui.engine.decode.grammar import Grammars
 from miaotui.engine.decode.sampler import Sampler, SampleRows
+from miaotui.engine.decode.suppression import Suppression
 from miaotui.engine.decode.types import SampledTokens, SamplingParams, SequenceStart
 from miaotui.models.errors import BatchError
 from tests.decoder_checkpoints import make_decoder_tokenizer
@@ -336,3 +337,17 @@ def test_a_schema_that_fails_late_ends_its_text_only(directory: Path, tmp_path: 
         assert ended.complete
         assert not other.complete
         assert other.token_ids[0] == logits[1].argmax()
+
+
+def test_suppressed_tokens_are_never_written() -> None:
+    """One never, one not as a text's first; whatever else is asked for, and beside a draft."""
+    suppression = Suppression(torch.tensor([3]), torch.tensor([5]))
+    row = torch.tensor([[0.0, 1.0, 2.0, 9.0, 6.0, 7.0, 0.5, 0.0]])
+    for params in (SamplingParams(), SamplingParams(temperature=1.0, top_k=1, logprobs=0)):
+        sampler = Sampler(8, CPU, suppression=suppression)
+        sampler.begin(0, start(params))
+        sampler.begin(1, start(params, written=[1]))  # begun before, and resumed
+        first, resumed = sampler.sample(row.repeat(2, 1), [SampleRows(0, 1), SampleRows(1, 2)])
+        assert (first.token_ids.tolist(), resumed.token_ids.tolist()) == ([4], [5])
+        (drafted,) = sampler.sample(row.repeat(3, 1), [SampleRows(0, 2, [5, 3])])
+        assert drafted.token_ids.tolist() == [5, 5]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
+from miaotui.engine.decode.flight import load
 from miaotui.engine.decode.requests import OpenRequest
 from miaotui.engine.decode.scheduler import DecodeScheduler, Plan
 from miaotui.engine.decode.sequence import State, Text
@@ -15,14 +19,14 @@ from tests.engine.decode.ring import ids, settings
 class Bench:
     """A scheduler whose batches come back when the test says so."""
 
-    def __init__(self, blocks: int = 100, block_tokens: int = 4, **bounds: int | bool) -> None:
+    def __init__(self, blocks: int = 100, block_tokens: int = 4, **bounds: Any) -> None:
         self.scheduler = DecodeScheduler(settings(**bounds))
         self.scheduler.configure(blocks, block_tokens)
         self.flights: list[Plan] = []
         self.texts: list[Text] = []
 
-    def add(self, *prompt: int, n: int = 1, draft_tokens: int = 0) -> list[Text]:
-        request = GenerationRequest(ids(*prompt), n=n, draft_tokens=draft_tokens)
+    def add(self, *prompt: int, n: int = 1, draft_tokens: int = 0, **more: Any) -> list[Text]:
+        request = GenerationRequest(ids(*prompt), n=n, draft_tokens=draft_tokens, **more)
         work = OpenRequest(
             key=f"{len(self.texts)}",
             request=request,
@@ -326,3 +330,42 @@ def test_the_queue_has_bounds() -> None:
     with pytest.raises(QueueFullError):
         bench.add(1)
     assert len(bench.scheduler.waiting) == 3
+
+
+def test_sources_take_blocks_and_room_in_batches_and_queue() -> None:
+    """An encoder's 10 rows count as tokens do: 3 blocks of 4, and 10 of a batch's tokens."""
+    bench = Bench(blocks=9, batch_tokens=12, source_shape=(2, 5), source_rows=10, queue_tokens=40)
+    tables = bench.scheduler.tables
+    assert tables.capacity == (9 - 3) * 4
+    source = np.zeros((2, 5), np.float32)
+    first, second = (bench.add(1, 2, 3, source=source)[0] for _ in range(2))
+    assert bench.scheduler.waiting.tokens == 26
+    with pytest.raises(QueueFullError):
+        bench.add(*range(5), source=source)
+    assert bench.plan() == [(0, 3)]  # alone: the source fills the batch
+    batch, input_ids = load(1, bench.flights[-1], tables)
+    item = batch.sequences[0].decode
+    assert item is not None
+    assert item.begin is not None
+    assert item.begin.source is source
+    assert (len(item.blocks), item.tokens.tolist()) == (4, input_ids.tolist())
+    bench.land()
+    assert bench.plan() == [(0, 1), (1, 3)]
+    batch, _ = load(2, bench.flights[-1], tables)
+    known, new = (meta.decode for meta in batch.sequences)
+    assert known is not None
+    assert new is not None
+    assert known.begin is None
+    assert (len(known.blocks), known.tokens.tolist()) == (4, [7])
+    assert not set(known.blocks.tolist()) & set(new.blocks.tolist())
+    assert tables.used == 8
+    bench.land()
+    bench.plan()
+    # The ninth block goes to the earlier; the later gives all of its own up for the next.
+    for _ in range(8):
+        bench.land()
+        bench.plan()
+    assert (first.state, second.state) == (State.FLYING, State.WAITING)
+    for text in (first, second):
+        bench.scheduler.release(text)
+    assert tables.used == 0

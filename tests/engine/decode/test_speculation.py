@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 
@@ -112,14 +113,17 @@ def test_a_copy_is_found_again_after_long_misses() -> None:
 def test_a_step_costs_microseconds() -> None:
     generator = np.random.default_rng(0)
     tokens = generator.integers(0, 30_000, 10_000).astype(np.int32)
-    begin = time.perf_counter()
-    index = PromptIndex(tokens[:8000])
-    built = time.perf_counter() - begin
-    drafter = Drafter(8, 8000)
-    begin = time.perf_counter()
-    for length in range(8001, 10_000):
-        drafter.draft(tokens[:length], index, 8)
-    step = (time.perf_counter() - begin) / 2000
+    # Of this thread's own time, the best of several: other work shares the cores.
+    built = step = math.inf
+    for _ in range(3):
+        begin = time.thread_time()
+        index = PromptIndex(tokens[:8000])
+        built = min(built, time.thread_time() - begin)
+        drafter = Drafter(8, 8000)
+        begin = time.thread_time()
+        for length in range(8001, 10_000):
+            drafter.draft(tokens[:length], index, 8)
+        step = min(step, (time.thread_time() - begin) / 2000)
     # Ten times what it takes on a slow core; a search of the text would be slower yet.
     assert built < 0.1
     assert step < 100e-6

@@ -136,7 +136,7 @@ async def test_a_pipeline_that_breaks_again_and_again_is_given_up() -> None:
     listener = Listener()
     ring.head.submit("r", GenerationRequest(ids(1)), listener)
     for _ in range(2):
-        await turns(10)
+        await turns(2)  # no token has come back yet: that would be progress
         ring.down()
         ring.up()
     await finish(listener)
@@ -146,7 +146,7 @@ async def test_a_pipeline_that_breaks_again_and_again_is_given_up() -> None:
 
 
 async def test_requests_wait_for_a_pipeline_only_so_long() -> None:
-    ring = Ring(settings(grace=0.05), MODEL, blocks=64, block_tokens=4)
+    ring = Ring(settings(grace=0.3), MODEL, blocks=64, block_tokens=4)
     ring.head.pipeline_down("cut")
     listener = Listener()
     ring.head.submit("r", GenerationRequest(ids(1)), listener)
@@ -181,13 +181,15 @@ async def test_a_deadline_ends_a_request() -> None:
 
     ring = Ring(settings(), MODEL, blocks=64, block_tokens=4, pause=slow)
     listener = Listener()
-    ring.head.submit("r", GenerationRequest(ids(1)), listener, deadline=time.monotonic() + 0.3)
+    ring.head.submit("r", GenerationRequest(ids(1)), listener, deadline=time.monotonic() + 1.0)
     with pytest.raises(DeadlineError):
         ring.head.submit("r", GenerationRequest(ids(1)), listener, deadline=time.monotonic())
     await finish(listener)
     assert isinstance(listener.error, DeadlineError)
     assert listener.texts
-    await asyncio.sleep(0.05)
+    async with asyncio.timeout(60):
+        while ring.head.running_sequences or not ring.head.scheduler.idle:
+            await asyncio.sleep(0.01)
     check(ring)
 
 
@@ -226,14 +228,12 @@ async def test_draining_waits_for_what_is_open() -> None:
     ring = Ring(settings(), MODEL, blocks=64, block_tokens=4)
     listener = Listener()
     ring.head.submit("r", GenerationRequest(ids(1), max_tokens=10), listener)
-    await ring.head.drain(5.0)
+    await ring.head.drain(60.0)
     assert listener.done.is_set()
     ring.head.pipeline_down("cut")
     ring.head.submit("r", GenerationRequest(ids(1), max_tokens=10), Listener())
-    begin = time.monotonic()
     await ring.head.drain(0.05)
-    assert time.monotonic() - begin < 2.0
-    assert ring.head.open_requests == 1
+    assert ring.head.open_requests == 1, "it has not waited until the pipeline was given up"
     ring.close()
 
 

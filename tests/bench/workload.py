@@ -1,0 +1,53 @@
+"""The questions that all sides answer, and how good their answers are."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from miaotui.training.glosses import is_han
+from miaotui.training.scorer import best_scores
+from tests.bench.questions import questions
+from tests.bench.squad import read_questions
+
+Body = dict[str, str]
+# Question sets that lie beside the project where it is developed.
+QUESTION_SETS = Path(__file__).resolve().parents[2].parent / "shared" / "qa"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Questions over passages, and the answers of each where they are known."""
+
+    bodies: list[Body]
+    truths: list[tuple[str, ...]]
+
+    def f1(self, texts: Sequence[str]) -> float | None:
+        """Mean F1 in percent; `None` where no answers are known."""
+        if not self.truths:
+            return None
+        return 100 * statistics.fmean(
+            best_scores(text, truth, "zh" if any(map(is_han, truth[0])) else "en")[1]
+            for text, truth in zip(texts, self.truths, strict=True)
+        )
+
+
+def made(count: int, seed: int) -> Workload:
+    """Made questions, whose answers nobody knows."""
+    return Workload([question.body for question in questions(count, seed=seed)], [])
+
+
+def held_out(data: Path, count: int, seed: int) -> Workload:
+    """Questions of articles that the bundled model was not trained on, from SQuAD files."""
+    corpus = read_questions(data)
+    asked = [q for q in corpus.questions if corpus.passages[q.passage].split == "heldout"]
+    chosen = random.Random(seed).sample(asked, count)
+    bodies, truths = [], []
+    for question in chosen:
+        text = corpus.passages[question.passage].text
+        bodies.append({"question": question.text, "context": text})
+        truths.append(tuple(text[answer.start : answer.end] for answer in question.answers))
+    return Workload(bodies, truths)

@@ -1,0 +1,1 @@
+"""Fuzzing of every entry point: HTTP, gRPC, and the frames between stages."""
