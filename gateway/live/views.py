@@ -253,7 +253,8 @@ def _stage(known: KnownStage, replica: int, watch: StageWatch) -> StageFigures:
         batch_size=_rounded(rates.batch_size) if rates else None,
         batches_per_second=_rounded(rates.batches) if rates else None,
         tokens_per_second=_rounded(rates.tokens) if rates else None,
-        busy=_rounded(rates.busy) if rates else None,
+        # Finer than a thousandth: a little work is not none.
+        busy=round(rates.busy, 6) if rates else None,
         link_milliseconds=told.link_micros / 1000 if told and told.link_micros else None,
     )
 
