@@ -207,6 +207,24 @@ async def test_languages_and_colours_are_remembered(visit: Open) -> None:
     await page.wait_for_function("() => document.title === 'Ask · Miaotui 秒推'")
 
 
+async def test_no_sign_before_nothing(visit: Open) -> None:
+    view = await visit()
+    await view.go("#/ask")
+    shown = await view.page.evaluate(
+        """async () => {
+          const {fine, number, percent, signed} = await import("/web/core/i18n.js");
+          const values = [-0.004, -0, 0.004, -0.006, 0.006, -1234.5];
+          return [fine, signed, number, percent].map((write) => values.map(write));
+        }"""
+    )
+    assert shown == [
+        ["0.00", "0.00", "0.00", "−0.01", "0.01", "−1,234.50"],
+        ["0.00", "0.00", "0.00", "−0.01", "+0.01", "−1,234.50"],
+        ["0", "0", "0", "0", "0", "−1,234.5"],
+        ["−0.4%", "0%", "0.4%", "−0.6%", "0.6%", "−123,450%"],
+    ]
+
+
 async def test_both_languages_have_all_words(visit: Open) -> None:
     view = await visit()
     await view.go("#/ask")

@@ -51,9 +51,22 @@ export function t(key, values = {}) {
 /** "1 document", "2 documents": keys end in .one and .many. */
 export const count = (key, n) => t(`${key}.${n === 1 ? "one" : "many"}`, { n: number(n) });
 
-export const number = (value) => numbers.plain.format(value);
-export const fine = (value) => numbers.fine.format(value).replace("-", "−");
-export const percent = (value) => numbers.percent.format(value);
+/** A number as it is shown: with a minus that is one, and without any where only zeros are left. */
+function shown(format, value) {
+  const text = format.format(value);
+  return text.replace("-", /[1-9]/.test(text) ? "−" : "");
+}
+
+export const number = (value) => shown(numbers.plain, value);
+export const fine = (value) => shown(numbers.fine, value);
+export const percent = (value) => shown(numbers.percent, value);
+
+/** The same as `fine`, with a plus before what is more than nothing. */
+export function signed(value) {
+  const text = fine(value);
+  return value > 0 && /[1-9]/.test(text) ? `+${text}` : text;
+}
+
 export const date = (value) => numbers.date.format(value);
 export const clock = (value) => numbers.clock.format(value);
 

@@ -3,7 +3,7 @@
 // for, dashed against.
 
 import { choice, field, h, heads, hidden } from "../core/dom.js";
-import { fine, number, percent, t } from "../core/i18n.js";
+import { fine, number, percent, signed, t } from "../core/i18n.js";
 import { cut } from "../core/text.js";
 
 const CLASSES = 5;
@@ -185,7 +185,7 @@ function top(all, by) {
             null,
             h("td", { dir: "auto" }, one.text),
             h("td", null, t(`heat.${one.part}`)),
-            h("td.n", null, by === "attribution" && one.weight > 0 ? `+${fine(one.weight)}` : fine(one.weight), hidden(by === "attribution" ? ` ${t(one.weight < 0 ? "heat.against" : "heat.for")}` : "")),
+            h("td.n", null, by === "attribution" ? signed(one.weight) : fine(one.weight), hidden(by === "attribution" ? ` ${t(one.weight < 0 ? "heat.against" : "heat.for")}` : "")),
           ),
         ),
       ),

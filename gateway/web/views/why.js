@@ -156,7 +156,7 @@ function runnersUp(why) {
             null,
             h("td", { dir: "auto" }, row.chosen ? h("strong", null, row.text) : row.text),
             h("td.n", null, fine(row.logit)),
-            h("td.n", null, row.chosen ? t("why.others.chosen") : `−${fine(Math.abs(row.margin))}`),
+            h("td.n", null, row.chosen ? t("why.others.chosen") : fine(-Math.abs(row.margin))),
           ),
         ),
       ),
