@@ -162,7 +162,13 @@ class DocumentsApi:
     async def collections(self, _: Request) -> Response:
         """GET /v1/collections"""
         found = [
-            CollectionView(one.name, one.counts.documents, one.counts.passages, one.counts.vectors)
+            CollectionView(
+                name=one.name,
+                documents=one.counts.documents,
+                passages=one.counts.passages,
+                vectors=one.counts.vectors,
+                waiting=one.counts.waiting,
+            )
             for one in await self._documents.collections()
         ]
         return json_response(

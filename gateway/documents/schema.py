@@ -165,6 +165,13 @@ class CollectionView:
     vectors: Annotated[
         int, Field(description="Passages that are also found by meaning, not only by words.")
     ]
+    waiting: Annotated[
+        int,
+        Field(
+            description="Passages that have no vector yet, and get theirs from the encoder in the "
+            "background. Those in Chinese get none."
+        ),
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,11 +42,13 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What a collection holds. `vectors`: passages that dense retrieval finds."""
+    """What a collection holds. `vectors`: passages that dense retrieval finds; `waiting`: those
+    that still need a vector for it."""
 
     documents: int
     passages: int
     vectors: int
+    waiting: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,8 @@ class SqliteCollection:
     def counts(self) -> Counts:
         """See `Collection.counts`."""
         with self._reading:
-            return Counts(*self._read.counts())
+            documents, passages, vectors, readable = self._read.counts(MOST_CHINESE)
+        return Counts(documents, passages, vectors, max(0, readable - vectors))
 
     def vectors(self) -> tuple[int, IdArray, Vectors | None]:
         """All vectors: (highest number, passage ids, [ids, dimensions])."""

@@ -33,6 +33,8 @@ from miaotui.retrieval.terms import TERMS_VERSION, Terms, count_terms
 
 _LAYOUT = 1
 _BUSY_SECONDS = 30.0
+# Files of before have no such index.
+_LATER = "CREATE INDEX IF NOT EXISTS passages_by_chinese ON passages (chinese)"
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE documents (
@@ -105,6 +107,7 @@ class Database:
                 self.set_meta("layout", str(_LAYOUT))
                 self.set_meta("collection", collection)
                 self.set_meta("terms", str(TERMS_VERSION))
+            self._sql.execute(_LATER)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -234,13 +237,16 @@ class Database:
         row = self._sql.execute("SELECT text FROM documents WHERE id = ?", (identifier,)).fetchone()
         return decompressed(row[0]) if row else None
 
-    def counts(self) -> tuple[int, int, int]:
-        """(documents, passages, vectors)."""
+    def counts(self, most_chinese: float) -> tuple[int, int, int, int]:
+        """(documents, passages, vectors, passages with no more Chinese than `most_chinese`)."""
         documents, passages = self._sql.execute(
             "SELECT count(*), coalesce(sum(passages), 0) FROM documents"
         ).fetchone()
         (vectors,) = self._sql.execute("SELECT count(*) FROM vectors").fetchone()
-        return documents, passages, vectors
+        (readable,) = self._sql.execute(
+            "SELECT count(*) FROM passages WHERE chinese <= ?", (most_chinese,)
+        ).fetchone()
+        return documents, passages, vectors, readable
 
     # -- passages -------------------------------------------------------------------------
 

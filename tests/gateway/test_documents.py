@@ -246,7 +246,9 @@ async def test_without_the_encoders_stages(all_fakes: Fakes, tmp_path: Path) -> 
     seen: Counter[str] = Counter()
     async with run_gateway(all_fakes, tmp_path, ENCODER_STAGES=stage.address) as gateway:
         await post(gateway, "/v1/documents", text=TOWER, source="t", collection="c")
-        assert (await gateway.http.get("/v1/collections")).json()["encoder"] == "away"
+        listed = (await gateway.http.get("/v1/collections")).json()
+        counts = {"documents": 1, "passages": 1, "vectors": 0, "waiting": 1}
+        assert listed == {"collections": [{"name": "c", **counts}], "encoder": "away"}
         assert await found_by_meaning(gateway, "c", "away", seen) == []
         question = {"question": "When was the Eiffel Tower finished?", "collection": "c"}
         answer = (await post(gateway, "/v1/qa", **question)).json()
@@ -255,6 +257,8 @@ async def test_without_the_encoders_stages(all_fakes: Fakes, tmp_path: Path) -> 
         stage.start()
         try:
             await vectors_of(gateway, "c", 1)
+            (one,) = (await gateway.http.get("/v1/collections")).json()["collections"]
+            assert one["waiting"] == 0
             assert await found_by_meaning(gateway, "c", "used", seen) == ["t"]
             stage.kill()
             assert await found_by_meaning(gateway, "c", "away", seen) == []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from miaotui.retrieval.collection import Collection, Outcome, SqliteCollection, document_id
+from miaotui.retrieval.collection import (
+    Collection,
+    Counts,
+    Outcome,
+    SqliteCollection,
+    document_id,
+)
 from miaotui.retrieval.errors import CollectionNameError, StoreError
 from miaotui.retrieval.fusion import Ranked
 from miaotui.retrieval.library import open_store
@@ -149,6 +157,27 @@ def test_chinese_passages_get_no_vector(place: Place) -> None:
     collection = place.collection()
     collection.add(prepare_text("a", LUXUN))
     assert collection.without_vector(0, 5) == []
+    assert collection.counts() == Counts(documents=1, passages=1, vectors=0, waiting=0)
+    collection.add(prepare_text("b", TOWER))
+    assert collection.counts() == Counts(documents=2, passages=2, vectors=0, waiting=1)
+    [(number, _)] = collection.without_vector(0, 5)
+    collection.add_vectors([number], VECTOR)
+    assert collection.counts() == Counts(documents=2, passages=2, vectors=1, waiting=0)
+
+
+def test_a_file_of_before_can_be_counted(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    before = SqliteCollection(path, "c")
+    before.add(prepare_text("a", TOWER))
+    before.close()
+    with closing(sqlite3.connect(path)) as file:
+        file.execute("DROP INDEX passages_by_chinese")
+    after = SqliteCollection(path)
+    assert after.counts().waiting == 1
+    after.close()
+    with closing(sqlite3.connect(path)) as file:
+        query = "EXPLAIN QUERY PLAN SELECT count(*) FROM passages WHERE chinese <= 0.3"
+        assert "COVERING INDEX passages_by_chinese" in str(file.execute(query).fetchall())
 
 
 _WRITER = """

@@ -121,6 +121,7 @@ def test_many_writers_of_one_collection(postgres: PostgresServer) -> None:
     assert len(found) == counts.passages
     lacking = len(collection.without_vector(0, 1000))
     assert counts.vectors == counts.passages - lacking
+    assert counts.waiting == lacking
     assert sum(one.ranked.dense_rank is not None for one in found) == counts.vectors
     place.close()
 
@@ -177,6 +178,16 @@ def test_a_database_emptied_meanwhile_is_set_up_again(postgres: PostgresServer) 
     made.add(prepare_text("a", "The river flows."))
     assert made.counts().documents == 1
     place.close()
+
+
+def test_tables_of_before_get_their_index(postgres: PostgresServer) -> None:
+    url = database(postgres)
+    open_store(url, encoder="").check()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("DROP INDEX miaotui.passages_by_chinese")
+        open_store(url, encoder="").check()
+        made = connection.execute("SELECT to_regclass('miaotui.passages_by_chinese')").fetchone()
+    assert made == ("miaotui.passages_by_chinese",)
 
 
 def test_a_server_that_is_away() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import httpx
@@ -16,7 +18,7 @@ from gateway.access.keys import make_key
 from gateway.access.store import KeyFile
 from miaotui.cli.layout import BUNDLED_MODEL
 from tests.decoder_checkpoints import make_decoder
-from tests.processes import Cluster, ServiceProcess, free_port
+from tests.processes import START_SECONDS, Cluster, ServiceProcess, free_port
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome")
@@ -35,7 +37,6 @@ class Site:
 
     cluster: Cluster
     writer: Cluster
-    guarded: ServiceProcess
     guarded_url: str
     keys: KeyFile
 
@@ -91,9 +92,30 @@ async def site(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> As
         "MIAOTUI_GATEWAY_GENERATOR_SHARD": writer.stage_targets[0],
     }
     cluster = Cluster(BUNDLED_MODEL, stages=2, gateway_env=both)
+    more = {
+        "MIAOTUI_GATEWAY_KEYS": str(folder / "keys.json"),
+        "MIAOTUI_GATEWAY_CORS_ORIGINS": cluster.url,
+    }
+    keys.add(make_key("nobody")[0])
+    writer.start()
+    try:
+        async with cluster, one_more_gateway(cluster, folder, more) as guarded_url:
+            yield Site(cluster, writer, guarded_url, keys)
+    finally:
+        writer.stop()
+
+
+@asynccontextmanager
+async def one_more_gateway(
+    cluster: Cluster, folder: Path, more: Mapping[str, str]
+) -> AsyncIterator[str]:
+    """The address of a gateway of its own over the extractive model, once it answers.
+
+    `folder`: for its documents and its log; `more`: of its environment.
+    """
     port = free_port()
-    guarded = ServiceProcess(
-        "guarded-gateway",
+    process = ServiceProcess(
+        "another-gateway",
         cluster.gateway.argv,
         {
             **cluster.gateway.env,
@@ -102,20 +124,27 @@ async def site(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> As
             "MIAOTUI_GATEWAY_DOCUMENTS": str(folder / "documents"),
             "MIAOTUI_GATEWAY_GENERATOR_TOKENIZER": "",
             "MIAOTUI_GATEWAY_GENERATOR_SHARD": "",
-            "MIAOTUI_GATEWAY_KEYS": str(folder / "keys.json"),
-            "MIAOTUI_GATEWAY_CORS_ORIGINS": cluster.url,
+            **more,
         },
-        folder / "guarded.log",
+        folder / "another-gateway.log",
     )
-    keys.add(make_key("nobody")[0])
-    writer.start()
-    guarded.start()
+    process.start()
+    url = f"http://127.0.0.1:{port}"
     try:
-        async with cluster:
-            yield Site(cluster, writer, guarded, f"http://127.0.0.1:{port}", keys)
+        async with asyncio.timeout(START_SECONDS), client_of(url) as client:
+            while not await _ready(client):
+                assert process.alive, process.tail()
+                await asyncio.sleep(0.05)
+        yield url
     finally:
-        guarded.stop()
-        writer.stop()
+        process.stop()
+
+
+async def _ready(client: httpx.AsyncClient) -> bool:
+    try:
+        return (await client.get("/readyz")).is_success
+    except httpx.TransportError:
+        return False
 
 
 @pytest.fixture

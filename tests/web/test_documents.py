@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from playwright.async_api import Page, Route
 
+from tests.encoder import EncoderStage
 from tests.gateway.test_documents_mixed import FOLDER, QUESTIONS
-from tests.web.conftest import Open, Site, client_of
+from tests.web.conftest import Open, Site, client_of, one_more_gateway
 from tests.web.looks import assert_accessible, assert_fits, assert_plain
 
 
@@ -124,3 +128,95 @@ async def test_a_name_that_no_collection_may_have(visit: Open) -> None:
     await page.wait_for_selector("text=failed: Something is missing or not right.")
     assert "a collection’s name has letters" in await page.inner_text(".uploads")
     await assert_plain(page)
+
+
+_COUNTED = """() => {
+  const {fetch} = window;
+  window.looks = 0;
+  window.fetch = (...all) => {
+    if (String(all[0]).includes("/v1/collections")) window.looks += 1;
+    return fetch(...all);
+  };
+  Object.defineProperty(document, "hidden", {get: () => window.away === true});
+}"""
+_SHOWN = """(shown) => {
+  window.away = !shown;
+  document.dispatchEvent(new Event("visibilitychange"));
+  return window.looks;
+}"""
+
+
+async def looks_in_a_minute(page: Page) -> int:
+    """How often the page looks at the collections when a minute of its clock goes by at once."""
+    before: int = await page.evaluate("looks")
+    await page.clock.run_for(60_000)
+    after: int = await page.evaluate("looks")
+    return after - before
+
+
+async def test_the_view_follows_the_encoder(visit: Open, site: Site, tmp_path: Path) -> None:
+    stage = EncoderStage(tmp_path)
+    encoding = {"MIAOTUI_GATEWAY_ENCODER_STAGES": stage.address}
+    async with one_more_gateway(site.cluster, tmp_path, encoding) as url:
+        view = await visit(url=url)
+        page = view.page
+        await page.clock.install()
+        await view.go("#/documents")
+        await page.evaluate(_COUNTED)
+        text = {"name": "a.txt", "mimeType": "text/plain", "buffer": b"The bridge is long."}
+        await page.set_input_files("#files", [text])
+        await page.wait_for_selector("text=1 passage is found by its words only until")
+        assert await page.get_attribute(".encoding progress", "value") == "0"
+        assert await page.get_attribute(".encoding progress", "max") == "1"
+        await assert_accessible(page)
+
+        # Nobody looks: it asks for nothing.
+        await page.evaluate(_SHOWN, False)
+        assert await looks_in_a_minute(page) == 0
+        await page.evaluate(_SHOWN, True)
+
+        stage.start()
+        try:
+            await page.wait_for_selector(".encoding progress", state="detached")
+        finally:
+            stage.stop()
+        assert "1 of them are also found by meaning" in await page.inner_text("#summary")
+        await page.wait_for_function(
+            "() => document.getElementById('status').textContent.includes('read for their meaning')"
+        )
+        assert await looks_in_a_minute(page) == 0
+
+
+async def test_progress_is_said_by_quarters(visit: Open) -> None:
+    """The gateway's words for it; that a real one counts so is tested above."""
+    view = await visit("zh", phone=True)
+    page = view.page
+    counts = {"name": "default", "documents": 1, "passages": 12, "vectors": 0, "waiting": 10}
+    bodies: dict[str, Any] = {
+        "collections": {"collections": [counts], "encoder": "serving"},
+        "documents": {"collection": "default", "documents": [], "next": None},
+    }
+
+    async def answer(route: Route) -> None:
+        body = bodies["documents" if "/v1/documents" in route.request.url else "collections"]
+        await route.fulfill(body=json.dumps(body), content_type="application/json")
+
+    await page.route("**/v1/collections", answer)
+    await page.route("**/v1/documents?*", answer)
+    await page.clock.install()
+    await view.go("#/documents")
+    await page.wait_for_selector("text=10 个段落正在建立语义索引")
+    await assert_fits(page)
+    for made, said in ((3, "语义索引已完成 25%。"), (8, "语义索引已完成 75%。")):
+        counts |= {"vectors": made, "waiting": 10 - made}
+        await page.clock.run_for(2_000)
+        await page.wait_for_function(
+            "said => document.getElementById('status').textContent === said", arg=said
+        )
+        assert await page.evaluate("document.querySelector('.encoding progress').value") == made
+    counts |= {"vectors": 10, "waiting": 0}
+    await page.clock.run_for(2_000)
+    await page.wait_for_function(
+        "() => document.getElementById('status').textContent === '语义索引已完成。'"
+    )
+    assert await page.locator(".encoding progress").count() == 0

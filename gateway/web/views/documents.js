@@ -3,12 +3,15 @@
 import { call } from "../core/api.js";
 import { field, h, heads, hidden } from "../core/dom.js";
 import { failureBox } from "../core/failures.js";
-import { bytes, count, date, number, t } from "../core/i18n.js";
+import { bytes, count, date, number, percent, t } from "../core/i18n.js";
 import { store } from "../core/store.js";
 import { confirm } from "../parts/dialogs.js";
 import { fileName } from "../parts/source.js";
 import { uploads } from "../parts/uploads.js";
 import { document as one } from "./document.js";
+
+// Encoding goes on in the background after an upload; so often its progress is looked at.
+const EVERY = 2000;
 
 export const title = () => t("nav.documents");
 
@@ -20,11 +23,17 @@ export function render(root, { path, query, signal, announce }) {
     return;
   }
 
-  const summary = h("p.soft");
+  const summary = h("p.soft", { id: "summary" });
+  const encoding = h("div.encoding");
   const list = h("div");
   const select = h("select", { id: "collection", onchange: () => choose(select.value) });
   const name = h("input", { type: "text", id: "new-collection", maxlength: 64, autocomplete: "off" });
   const known = new Map();
+  let encoder = "none";
+  let timer = 0;
+  // The collection whose passages were seen to wait for their vectors.
+  let followed = null;
+  let said = 0;
 
   function choose(chosen) {
     state.collection = chosen;
@@ -34,9 +43,12 @@ export function render(root, { path, query, signal, announce }) {
 
   function fill() {
     const names = [...new Set(["default", ...known.keys(), state.collection])];
-    select.replaceChildren(
-      ...names.map((one) => h("option", { value: one }, one === "default" ? t("documents.default") : one)),
-    );
+    // Left alone while nothing changes: a list that is open would close.
+    if (names.join("/") !== [...select.options].map((one) => one.value).join("/")) {
+      select.replaceChildren(
+        ...names.map((one) => h("option", { value: one }, one === "default" ? t("documents.default") : one)),
+      );
+    }
     select.value = state.collection;
     const counts = known.get(state.collection);
     summary.textContent = counts
@@ -48,13 +60,47 @@ export function render(root, { path, query, signal, announce }) {
           .filter(Boolean)
           .join(" · ")
       : t("documents.newCollection");
+    showEncoding(counts);
   }
 
-  async function look() {
-    const { collections } = await call("v1/collections", { signal });
+  /** What is still found by words only, while the encoder is at it. */
+  function showEncoding(counts) {
+    if (!counts?.waiting || encoder === "none") {
+      encoding.replaceChildren();
+      if (counts && followed === counts.name && encoder !== "none") announce(t("documents.encoded"));
+      followed = null;
+      return;
+    }
+    const whole = counts.vectors + counts.waiting;
+    // Said aloud by quarters, and not at every look.
+    const quarter = Math.floor((4 * counts.vectors) / whole);
+    if (followed === counts.name && quarter > said) announce(t("documents.encodingShare", { share: percent(quarter / 4) }));
+    said = quarter;
+    followed = counts.name;
+    const bar = encoding.querySelector("progress") || h("progress", { "aria-label": t("documents.encodingBar") });
+    const text = encoding.querySelector("p") || h("p.hint");
+    // Kept from look to look, so that whoever reads there is not thrown out.
+    if (!bar.isConnected) encoding.replaceChildren(bar, text);
+    bar.max = whole;
+    bar.value = counts.vectors;
+    text.textContent = count(`documents.encoding.${encoder}`, counts.waiting);
+  }
+
+  async function look(options) {
+    const found = await call("v1/collections", { signal, ...options });
+    encoder = found.encoder;
     known.clear();
-    for (const each of collections) known.set(each.name, each);
+    for (const each of found.collections) known.set(each.name, each);
     fill();
+    follow();
+  }
+
+  /** Looks again after a while, for as long as passages wait for their vectors. */
+  function follow() {
+    clearTimeout(timer);
+    if (signal.aborted || document.hidden || !followed) return;
+    // Asked by a clock, not by a person: no dialog for a key opens.
+    timer = setTimeout(() => look({ quiet: true }).catch(follow), EVERY);
   }
 
   async function load(after = "") {
@@ -79,20 +125,20 @@ export function render(root, { path, query, signal, announce }) {
     }
   }
 
-  function row(document) {
-    const shown = document.title || fileName(document.source);
+  function row(found) {
+    const shown = found.title || fileName(found.source);
     const made = h(
       "tr",
       null,
       h(
         "th",
         { scope: "row" },
-        h("a", { href: `#/documents/${document.id}?${new URLSearchParams({ collection: state.collection })}` }, shown),
-        h("span.path", { title: document.source }, document.source),
+        h("a", { href: `#/documents/${found.id}?${new URLSearchParams({ collection: state.collection })}` }, shown),
+        h("span.path", { title: found.source }, found.source),
       ),
-      h("td.n", { "data-label": t("documents.size") }, bytes(document.bytes)),
-      h("td.n", { "data-label": t("documents.pieces") }, number(document.passages)),
-      h("td", { "data-label": t("documents.added") }, h("time", { datetime: document.added_at }, date(new Date(document.added_at)))),
+      h("td.n", { "data-label": t("documents.size") }, bytes(found.bytes)),
+      h("td.n", { "data-label": t("documents.pieces") }, number(found.passages)),
+      h("td", { "data-label": t("documents.added") }, h("time", { datetime: found.added_at }, date(new Date(found.added_at)))),
       h(
         "td.end",
         null,
@@ -103,7 +149,7 @@ export function render(root, { path, query, signal, announce }) {
       const sure = await confirm(t("documents.deleteTitle"), t("documents.deleteText", { name: shown }), t("documents.delete"));
       if (!sure) return;
       try {
-        await call(`v1/documents/${document.id}?${new URLSearchParams({ collection: state.collection })}`, { method: "DELETE", signal });
+        await call(`v1/documents/${found.id}?${new URLSearchParams({ collection: state.collection })}`, { method: "DELETE", signal });
         announce(t("documents.deleted", { name: shown }));
         await load();
         heading.focus();
@@ -147,10 +193,13 @@ export function render(root, { path, query, signal, announce }) {
         ),
       ),
       summary,
+      encoding,
     ),
     uploads({ announce, done: () => !signal.aborted && load() }),
     h("section", { "aria-labelledby": "list-title" }, heading, list),
   );
+  document.addEventListener("visibilitychange", follow, { signal });
+  signal.addEventListener("abort", () => clearTimeout(timer));
   fill();
   load();
 }

@@ -145,6 +145,19 @@ export const en = {
     count: { one: "{n} document", many: "{n} documents" },
     passages: { one: "{n} passage", many: "{n} passages" },
     vectors: "{n} of them are also found by meaning",
+    encodingBar: "Passages read for their meaning",
+    encodingShare: "{share} of the passages have been read for their meaning.",
+    encoded: "The passages have been read for their meaning.",
+    encoding: {
+      serving: {
+        one: "{n} passage is being read for its meaning; until then it is found by its words only.",
+        many: "{n} passages are being read for their meaning; until then they are found by their words only.",
+      },
+      away: {
+        one: "{n} passage is found by its words only until the encoder is back.",
+        many: "{n} passages are found by their words only until the encoder is back.",
+      },
+    },
     none: "No documents yet. Drop some above.",
     more: "Show more",
     list: "In this collection",

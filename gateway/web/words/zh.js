@@ -145,6 +145,19 @@ export const zh = {
     count: { one: "{n} 份文档", many: "{n} 份文档" },
     passages: { one: "{n} 个段落", many: "{n} 个段落" },
     vectors: "其中 {n} 个也可按语义查找",
+    encodingBar: "语义索引进度",
+    encodingShare: "语义索引已完成 {share}。",
+    encoded: "语义索引已完成。",
+    encoding: {
+      serving: {
+        one: "{n} 个段落正在建立语义索引，完成之前只能按词语查找。",
+        many: "{n} 个段落正在建立语义索引，完成之前只能按词语查找。",
+      },
+      away: {
+        one: "{n} 个段落暂时只能按词语查找，编码器恢复后会继续建立语义索引。",
+        many: "{n} 个段落暂时只能按词语查找，编码器恢复后会继续建立语义索引。",
+      },
+    },
     none: "还没有文档。请拖放到上方。",
     more: "显示更多",
     list: "此文档集中的文档",

@@ -182,7 +182,13 @@ class PostgresCollection:
         """See `Collection.counts`."""
         with self._server.reading() as connection:
             state = self._state(connection)
-        return Counts(state.documents, state.passages, state.vectors)
+            row = connection.execute(
+                "SELECT count(*) FROM passages WHERE collection = %s AND chinese <= %s",
+                (self._number, MOST_CHINESE),
+            ).fetchone()
+        assert row is not None
+        waiting = max(0, row[0] - state.vectors)
+        return Counts(state.documents, state.passages, state.vectors, waiting)
 
     def without_vector(
         self, after: int, limit: int, most_chinese: float = MOST_CHINESE

@@ -6,6 +6,8 @@ and their order depends on the server's locale.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import psycopg
 
 from miaotui.retrieval.errors import StoreError
@@ -69,6 +71,8 @@ CREATE TABLE miaotui.postings (
   PRIMARY KEY (collection, term, passage) INCLUDE (count, length)
 );
 """
+# Stores of before have no such index.
+_LATER = "CREATE INDEX passages_by_chinese ON miaotui.passages (collection, chinese)"
 
 
 def prepare(connection: Connection, shown: str) -> None:
@@ -84,6 +88,7 @@ def prepare(connection: Connection, shown: str) -> None:
         if _one(connection, "SELECT to_regclass('miaotui.meta')") is None:
             connection.execute(_TABLES)
             connection.execute("INSERT INTO miaotui.meta VALUES ('layout', %s)", (str(LAYOUT),))
+            _index(connection)
             return
     layout = _one(connection, "SELECT value FROM miaotui.meta WHERE key = 'layout'")
     if layout != str(LAYOUT):
@@ -91,6 +96,16 @@ def prepare(connection: Connection, shown: str) -> None:
             f"{shown}: its tables were made by another version of Miaotui (layout {layout}, this "
             f"one reads {LAYOUT}); use that version, or another database"
         )
+    # Counting goes without the index, too: only the tables' owner may make it, while nobody writes.
+    missed = (psycopg.errors.InsufficientPrivilege, psycopg.errors.LockNotAvailable)
+    with suppress(*missed), connection.transaction():
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+        _index(connection)
+
+
+def _index(connection: Connection) -> None:
+    if _one(connection, "SELECT to_regclass('miaotui.passages_by_chinese')") is None:
+        connection.execute(_LATER)
 
 
 def _prepare_extension(connection: Connection, shown: str) -> None:
