@@ -13,6 +13,14 @@ ROOT = Path(__file__).parent.parent.parent
 BASE = ROOT / "docker-compose.yml"
 OVERRIDES = {name: ROOT / "deploy" / "compose" / f"{name}.yml" for name in ("cuda", "keys", "tls")}
 
+# The models that run beside the first one, by the beginning of their services' names: the profile
+# that starts them, and the variable that names their directory.
+BESIDE = {
+    "generator": ("generate", "MODEL_DIR"),
+    "transcriber": ("transcribe", "TRANSCRIBER_DIR"),
+    "captioner": ("caption", "CAPTIONER_DIR"),
+}
+
 Node = Any
 _VARIABLE = re.compile(r"\$(?:(\$)|\{(\w+)(?:(:-|:\+)([^}]*))?\})")
 
@@ -71,6 +79,14 @@ def load(
         if not set(service.get("profiles", profiles)) <= set(profiles):
             del project["services"][name]
     return project
+
+
+def variant(*models: str) -> dict[str, Any]:
+    """Arguments of `load` with which some of `BESIDE` run, too, from /some/NAME."""
+    return {
+        "profiles": tuple(BESIDE[model][0] for model in models),
+        "environment": {BESIDE[model][1]: f"/some/{model}" for model in models},
+    }
 
 
 def _merge(base: Node, over: Node) -> Node:

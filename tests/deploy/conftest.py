@@ -1,4 +1,4 @@
-"""What the tests of the deployment share: the services of the Compose file, running."""
+"""What the tests of the deployment share: the chart, and the Compose file's services, running."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tests.checkpoints import make_checkpoint
+from tests.deploy.chart import VALUES, Manifest, render
 from tests.deploy.stack import SERVICES, Stack
 from tests.e2e.collector import Collector
 from tests.processes import START_SECONDS
@@ -23,6 +24,12 @@ class Stacks:
 
     plain: Stack
     tls: Stack
+
+
+@pytest.fixture(params=VALUES)
+def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
+    """The chart rendered with several values."""
+    return render(VALUES[request.param])
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,16 @@ from gateway.settings import GatewaySettings
 from miaotui.cli.serve import variable
 from services.shard.settings import ShardSettings
 from services.tokenizer.settings import TokenizerSettings
-from tests.deploy.compose import BASE, OVERRIDES, ROOT, interpolate, load, read_yaml
+from tests.deploy.compose import (
+    BASE,
+    BESIDE,
+    OVERRIDES,
+    ROOT,
+    interpolate,
+    load,
+    read_yaml,
+    variant,
+)
 from tests.deploy.conftest import Stacks
 from tests.deploy.stack import SERVICES
 from tests.e2e.collector import Collector, Span
@@ -39,10 +48,11 @@ SECRETS = (
     *("REDIS_URL", "MIAOTUI_GATEWAY_CACHE_SECRET"),
     "MIAOTUI_GATEWAY_CACHE_ENCRYPTION_KEY",
 )
-EVERYTHING = {"profiles": ("generate",), "environment": {"MODEL_DIR": "/some/model"}}
+EVERYTHING = variant(*BESIDE)
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "generate": EVERYTHING,
+    **{name: variant(name) for name in BESIDE},
+    "everything": EVERYTHING,
     "tls": {**EVERYTHING, "overrides": ("tls",)},
     "cuda": {**EVERYTHING, "overrides": ("cuda",)},
     "keys": {**EVERYTHING, "overrides": ("tls", "keys")},
@@ -52,8 +62,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(params=VARIANTS)
 def project(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Each way to start it."""
-    variant = dict(VARIANTS[request.param])
-    return load(*variant.pop("overrides", ()), **variant)
+    given = dict(VARIANTS[request.param])
+    return load(*given.pop("overrides", ()), **given)
 
 
 def ours(project: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], type[BaseSettings]]]:
@@ -62,6 +72,15 @@ def ours(project: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], type[Ba
         command = service.get("command") or [""]
         if command[0] == "serve":
             yield name, service, SETTINGS[command[1]]
+
+
+def settings_in(environment: dict[str, str], prefix: str) -> dict[str, str]:
+    """What a service reads of its environment, by the names of its settings."""
+    return {
+        key.removeprefix(prefix).lower(): value
+        for key, value in environment.items()
+        if key.startswith(prefix)
+    }
 
 
 @pytest.mark.parametrize("path", [BASE, *OVERRIDES.values()], ids=lambda path: path.name)
@@ -93,14 +112,10 @@ def test_addresses_lead_somewhere(project: dict[str, Any]) -> None:
     }
     checked = 0
     for name, service, _ in ours(project):
-        for key in (
-            "GATEWAY_TOKENIZER",
-            "GATEWAY_SHARD",
-            "SHARD_STAGES",
-            "GATEWAY_GENERATOR_SHARD",
-            "GATEWAY_ENCODER_STAGES",
-        ):
-            for address in service["environment"].get(f"MIAOTUI_{key}", "").split(","):
+        for key, value in service["environment"].items():
+            if not key.endswith(("_TOKENIZER", "_SHARD", "_STAGES")) or "COLOCATED" in key:
+                continue
+            for address in value.split(","):
                 if not address:
                     continue
                 host, _, port = address.rpartition(":")
@@ -119,25 +134,23 @@ def test_stages_can_be_scaled(project: dict[str, Any]) -> None:
             continue
         assert not {"container_name", "hostname", "ports"} & set(service), name
         assert "replicas" not in service["deploy"], name
-        given = ShardSettings.model_validate(
-            {
-                key.removeprefix("MIAOTUI_SHARD_").lower(): value
-                for key, value in service["environment"].items()
-                if key.startswith("MIAOTUI_SHARD_")
-            }
-        )
+        given = ShardSettings.model_validate(settings_in(service["environment"], "MIAOTUI_SHARD_"))
         assert given.addresses[given.stage] == f"{name}:50060"
         # A stage 0 that had its service's name would get another one's results.
         assert given.address == f"{socket.gethostname()}:50060", name
         assert given.listen.endswith(":50060"), name
         checked += 1
     assert checked >= 2
-    scaled = load(profiles=("generate",), environment={"MODEL_DIR": "/m", "KV_SHARES": "2"})
-    shares = {
-        scaled["services"][f"generator-{stage}"]["environment"]["MIAOTUI_SHARD_KV_SHARES"]
-        for stage in (0, 1)
-    }
-    assert shares == {"2"}
+    for model in BESIDE:
+        given_variant = variant(model)
+        own = "KV_SHARES" if model == "generator" else f"{model.upper()}_KV_SHARES"
+        given_variant["environment"][own] = "2"
+        services = load(**given_variant)["services"]
+        shares = {
+            services[f"{model}-{stage}"]["environment"]["MIAOTUI_SHARD_KV_SHARES"]
+            for stage in (0, 1)
+        }
+        assert shares == {"2"}, model
 
 
 def test_only_the_gateway_and_grafana_are_published_on_loopback(project: dict[str, Any]) -> None:
@@ -194,25 +207,64 @@ def test_mounts_exist(project: dict[str, Any]) -> None:
         assert set(service.get("networks", [])) <= set(project["networks"]), name
 
 
-def test_a_generator_is_known_to_the_gateway_only_where_it_runs() -> None:
-    for variant, there in (({}, False), (EVERYTHING, True)):
-        project = load(**variant)  # type: ignore[arg-type]
+@pytest.mark.parametrize("model", BESIDE)
+def test_a_model_is_known_to_the_gateway_only_where_it_runs(model: str) -> None:
+    for given, there in (({}, False), (variant(model), True), (EVERYTHING, True)):
+        project = load(**given)
         environment = project["services"]["gateway"]["environment"]
-        GatewaySettings.model_validate(environment)
+        GatewaySettings.model_validate(settings_in(environment, "MIAOTUI_GATEWAY_"))
         for name in ("TOKENIZER", "SHARD"):
-            address = environment[f"MIAOTUI_GATEWAY_GENERATOR_{name}"]
+            address = environment[f"MIAOTUI_GATEWAY_{model.upper()}_{name}"]
             assert bool(address) is there
             assert (address.partition(":")[0] in project["services"]) is there
 
 
+def test_the_variants_differ_in_what_they_start() -> None:
+    started = {name: set(load(**variant(name))["services"]) for name in BESIDE}
+    plain = set(load()["services"])
+    for name, services in started.items():
+        assert services - plain == {f"{name}-{part}" for part in ("tokenizer", "0", "1")}
+    assert set(load(**EVERYTHING)["services"]) == set().union(*started.values())
+
+
+@pytest.mark.parametrize("model", BESIDE)
+def test_services_of_a_model_have_its_directory_and_no_other(model: str) -> None:
+    services = load(**EVERYTHING)["services"]
+    for name, service in services.items():
+        sources = [v["source"] for v in service.get("volumes", []) if isinstance(v, dict)]
+        if name.startswith(f"{model}-"):
+            (mount,) = service["volumes"]
+            assert mount["read_only"] is True
+            assert mount["source"] == f"/some/{model}"
+            (path,) = [v for k, v in service["environment"].items() if k.endswith("_MODEL")]
+            assert path == mount["target"] == f"/models/{model}"
+        else:
+            assert f"/some/{model}" not in sources, name
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("tls", "MIAOTUI_TLS_DIR", "/tls"), ("cuda", "MIAOTUI_SHARD_DEVICE", "cuda")],
+)
+def test_overlays_reach_every_service(name: str, key: str, value: str) -> None:
+    reached = 0
+    for service_name, service, settings in ours(load(name, **EVERYTHING)):
+        if name == "cuda" and (settings is not ShardSettings or service_name == "encoder"):
+            assert "devices" not in service["deploy"]["resources"].get("reservations", {})
+            continue
+        assert service["environment"][key] == value, service_name
+        if name == "tls":
+            assert "tls:/tls:ro" in service["volumes"], service_name
+            assert "make-certificates" in service["depends_on"], service_name
+        else:
+            assert service["deploy"]["resources"]["reservations"]["devices"], service_name
+        reached += 1
+    assert reached == (2 + 2 + 1 + 9 if name == "tls" else 2 + 6)
+
+
 def test_the_encoder_turns_texts_into_vectors() -> None:
     environment = load()["services"]["encoder"]["environment"]
-    given = {
-        key.removeprefix("MIAOTUI_SHARD_").lower(): value
-        for key, value in environment.items()
-        if key.startswith("MIAOTUI_SHARD_")
-    }
-    settings = ShardSettings(**given)
+    settings = ShardSettings.model_validate(settings_in(environment, "MIAOTUI_SHARD_"))
     assert (settings.task, settings.addresses) == ("embed", ("encoder:50060",))
     assert str(settings.model) == "/opt/miaotui/encoder"
     assert f"bundled_folder())')\" {settings.model} " in (

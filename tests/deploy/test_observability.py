@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.deploy.compose import ROOT, load, read_yaml
+from tests.deploy.compose import BESIDE, ROOT, load, read_yaml, variant
 from tests.deploy.conftest import Stacks
 from tests.deploy.metrics import SCRAPED, exported, instruments, parse, uses
 from tests.deploy.stack import SERVICES, Stack
@@ -170,22 +171,51 @@ def test_alerts_say_what_to_do() -> None:
 
 def test_prometheus_scrapes_what_compose_starts() -> None:
     (config,) = read_yaml((FOLDER / "prometheus" / "prometheus.yml").read_text("utf-8"))
-    project = load(profiles=("generate",), environment={"MODEL_DIR": "/m"})
-    expected = {
-        f"{name}:{port}"
-        for name, service in project["services"].items()
+    project = load(**variant(*BESIDE))["services"]
+    always = set(load()["services"])
+    ports = {
+        name: port
+        for name, service in project.items()
         for key, port in service.get("environment", {}).items()
-        if key.endswith("_METRICS_PORT") and not name.startswith("generator")
+        if key.endswith("_METRICS_PORT")
     }
     targets: set[str] = set()
-    names: set[str] = set()
+    sometimes: dict[str, str] = {}
     for job in config["scrape_configs"]:
         for static in job["static_configs"]:
             targets |= set(static["targets"])
         for dns in job.get("dns_sd_configs", []):
-            names |= set(dns["names"])
+            for name in dns["names"]:
+                sometimes[name] = ring_of(name, job["relabel_configs"])
+                assert ports[name] == str(dns["port"])
+                assert job["job_name"] == project[name]["command"][1]
+    expected = {f"{name}:{port}" for name, port in ports.items() if name in always}
     assert targets == expected | {"gateway:8080", "collector:8888", "localhost:9090"}
-    assert names == {n for n in project["services"] if n.startswith("generator")}
+    # Each model's services have its ring, and those of the static targets keep theirs.
+    assert sometimes == {n: n.rpartition("-")[0] for n in project if n not in always}
+    assert set(sometimes.values()) == set(BESIDE)
+    assert ring_of("", config["scrape_configs"][1]["relabel_configs"]) == ""
+
+
+def ring_of(name: str, relabelings: list[dict[str, Any]]) -> str:
+    """The ring that a target gets which Prometheus found under a name; empty: the one it had."""
+    (rule,) = relabelings
+    assert (rule["source_labels"], rule["target_label"]) == (["__meta_dns_name"], "ring")
+    assert not {"action", "replacement"} & set(rule)
+    found = re.fullmatch(rule["regex"], name)
+    return "" if found is None else found[1]
+
+
+def test_the_dashboard_of_texts_has_the_rings_of_all_models_that_write() -> None:
+    board = json.loads((FOLDER / "grafana/dashboards/generation.json").read_text("utf-8"))
+    texts = [target["expr"] for panel in panels(board) for target in panel["targets"]]
+    patterns = {found for text in texts for found in re.findall(r'ring=~"([^"]+)"', text)}
+    assert patterns
+    for pattern in patterns:
+        for ring in (*BESIDE, *(f"demo-{name}" for name in BESIDE)):
+            assert re.fullmatch(pattern, ring), ring
+        for ring in ("qa", "demo", "encoder", "demo-encoder"):
+            assert not re.fullmatch(pattern, ring), ring
 
 
 def test_the_collector_uses_what_it_configures() -> None:

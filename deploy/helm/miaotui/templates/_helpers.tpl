@@ -112,7 +112,7 @@ affinity:
 
 {{- define "miaotui.volumes" -}}
 - name: tmp
-  emptyDir: {sizeLimit: 256Mi}
+  emptyDir: {sizeLimit: {{ .tmp | default "256Mi" }}}
 {{- if .root.Values.tls.secretName }}
 - name: tls
   secret:
@@ -160,10 +160,14 @@ readinessProbe:
 {{- define "miaotui.models" -}}
 {{- $values := pick .Values "model" "stages" "tokenizer" -}}
 {{- $all := list (merge (dict "prefix" "" "head" "SHARD" "tokenizerAt" "TOKENIZER" "ring" .Release.Name) $values) -}}
-{{- if .Values.generator.enabled -}}
-{{- $values = pick .Values.generator "model" "stages" "tokenizer" -}}
-{{- $ring := printf "%s-generator" .Release.Name -}}
-{{- $all = append $all (merge (dict "prefix" "generator-" "head" "GENERATOR_SHARD" "tokenizerAt" "GENERATOR_TOKENIZER" "ring" $ring) $values) -}}
+{{- range $name := list "generator" "transcriber" "captioner" -}}
+{{- $given := get $.Values $name -}}
+{{- if $given.enabled -}}
+{{- $values = pick $given "model" "stages" "tokenizer" -}}
+{{- $ring := printf "%s-%s" $.Release.Name $name -}}
+{{- $at := upper $name -}}
+{{- $all = append $all (merge (dict "prefix" (printf "%s-" $name) "head" (printf "%s_SHARD" $at) "tokenizerAt" (printf "%s_TOKENIZER" $at) "ring" $ring) $values) -}}
+{{- end -}}
 {{- end -}}
 {{- if .Values.encoder.enabled -}}
 {{- /* The gateway has the tokenizer of this model, and of no other. */ -}}
