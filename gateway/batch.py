@@ -11,6 +11,7 @@ from opentelemetry import trace
 
 from gateway.errors import GatewayError
 from gateway.schema import QaRequest, QaResponse
+from miaotui.telemetry import span_within
 
 log = logging.getLogger(__name__)
 _tracer = trace.get_tracer("miaotui.gateway")
@@ -37,9 +38,7 @@ async def run_batch(
     async def one(index: int) -> Outcome:
         try:
             request = parse(index, items[index])
-            with _tracer.start_as_current_span(
-                "batch item", attributes={"miaotui.batch.index": index}
-            ):
+            with span_within(_tracer, "batch item", attributes={"miaotui.batch.index": index}):
                 return await answer(request, f"{request_id}.{index}", timeout)
         except GatewayError as error:
             return error

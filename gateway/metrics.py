@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from opentelemetry import metrics
 
+from gateway.counts import Counts, Level
 from gateway.generation.request import Usage
 from gateway.live.counters import LiveCounters
 from gateway.live.lone import LoneSpans
@@ -24,57 +25,75 @@ class GatewayMetrics:
         self.request_duration = meter.create_histogram(
             "http.server.request.duration", unit="s", description="HTTP requests by route, status"
         )
-        self.active_requests = meter.create_up_down_counter(
-            "http.server.active_requests", unit="{request}", description="HTTP requests in flight"
+        self.active_requests = Level(
+            meter,
+            *("http.server.active_requests", "http.request.method"),
+            unit="{request}",
+            description="HTTP requests in flight",
         )
-        self._answers = meter.create_counter(
-            "miaotui.gateway.answers", description="Questions by outcome and cache status"
+        self._answers = Counts(
+            meter,
+            *("miaotui.gateway.answers", "outcome", "cache"),
+            description="Questions by outcome and cache status",
         )
-        self._in_flight = meter.create_up_down_counter(
-            "miaotui.gateway.questions_in_flight", description="Questions worked on now"
+        self._in_flight = Level(
+            meter,
+            "miaotui.gateway.questions_in_flight",
+            description="Questions worked on now",
         )
         self._hops = meter.create_histogram(
             "miaotui.gateway.hop.duration", unit="s", description="Time per hop of a question"
         )
-        self._retrievals = meter.create_counter(
-            "miaotui.gateway.retrievals",
+        self._retrievals = Counts(
+            meter,
+            *("miaotui.gateway.retrievals", "dense"),
             description="Searches of documents by whether they went by meaning, too",
         )
-        self._lookups = meter.create_counter(
-            "miaotui.gateway.cache.lookups", description="Cache look-ups by cache and result"
+        self._lookups = Counts(
+            meter,
+            *("miaotui.gateway.cache.lookups", "cache", "result"),
+            description="Cache look-ups by cache and result",
         )
-        self._failures = meter.create_counter(
-            "miaotui.gateway.cache.failures", description="Cache operations that failed, by reason"
+        self._failures = Counts(
+            meter,
+            *("miaotui.gateway.cache.failures", "reason"),
+            description="Cache operations that failed, by reason",
         )
 
-        self._generations = meter.create_counter(
-            "miaotui.gateway.generations", description="Generated texts by outcome, cache status"
+        self._generations = Counts(
+            meter,
+            *("miaotui.gateway.generations", "outcome", "cache"),
+            description="Generated texts by outcome, cache status",
         )
-        self._generating = meter.create_up_down_counter(
-            "miaotui.gateway.generations_in_flight", description="Generations worked on now"
+        self._generating = Level(
+            meter,
+            "miaotui.gateway.generations_in_flight",
+            description="Generations worked on now",
         )
         self._first_text = meter.create_histogram(
             "miaotui.gateway.generation.first_text",
             unit="s",
             description="From the call at the shards to the first text",
         )
-        self._generated_tokens = meter.create_counter(
-            "miaotui.gateway.generation.tokens",
+        self._generated_tokens = Counts(
+            meter,
+            *("miaotui.gateway.generation.tokens", "kind"),
             description="Tokens of finished texts by kind: prompt, cached, written, accepted",
         )
 
-        self._admissions = meter.create_counter(
-            "miaotui.gateway.key.requests",
+        self._admissions = Counts(
+            meter,
+            *("miaotui.gateway.key.requests", "key", "outcome"),
             description="Requests by the id of their API key, and whether they were let in",
         )
 
     def admitted(self, key: str, outcome: str) -> None:
         """Counts a request with a key; `key`: its id; `outcome`: "ok", or why it stayed out."""
-        self._admissions.add(1, {"key": key, "outcome": outcome})
+        self._admissions.add(1, key, outcome)
 
     def generated(self, outcome: str, cache: str) -> None:
         """Counts a generation; `outcome`: "ok" or a problem's slug."""
-        self._generations.add(1, {"outcome": outcome, "cache": str(cache)})
+        self._generations.add(1, outcome, str(cache))
         if outcome == "ok":
             self.live.answered(str(cache))
 
@@ -94,11 +113,11 @@ class GatewayMetrics:
             ("written", usage.completion_tokens),
             ("accepted", usage.accepted_tokens),
         ):
-            self._generated_tokens.add(count, {"kind": kind})
+            self._generated_tokens.add(count, kind)
 
     def answered(self, outcome: str, cache: str) -> None:
         """Counts a question; `outcome`: "ok" or a problem's slug."""
-        self._answers.add(1, {"outcome": outcome, "cache": cache})
+        self._answers.add(1, outcome, cache)
         if outcome == "ok":
             self.live.answered(cache)
 
@@ -113,12 +132,12 @@ class GatewayMetrics:
 
     def retrieved(self, dense: str) -> None:
         """Counts a search; `dense`: "used", or why it went by words only."""
-        self._retrievals.add(1, {"dense": dense})
+        self._retrievals.add(1, dense)
 
     def lookup(self, cache: str, result: str) -> None:
         """Counts a look-up; `result`: "hit", "miss" or "garbage"."""
-        self._lookups.add(1, {"cache": cache, "result": result})
+        self._lookups.add(1, cache, result)
 
     def cache_failure(self, reason: str) -> None:
         """Counts a failed operation; `reason`: "timeout" or "error"."""
-        self._failures.add(1, {"reason": reason})
+        self._failures.add(1, reason)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from grpc import aio
 from opentelemetry import trace
 from opentelemetry.trace import Link
 
+from gateway.begun import within
 from gateway.cache.lease import Lease
 from gateway.cache.singleflight import SingleFlight
 from gateway.cache.stores import AnswerCache, PromptCache, StoredAnswer
@@ -29,7 +30,7 @@ from gateway.schema import CacheStatus, Candidate, Hop, QaRequest, QaResponse
 from gateway.settings import GatewaySettings
 from gateway.slots import Slots
 from gateway.upstream import Served
-from miaotui.telemetry import current_trace_id, trace_content
+from miaotui.telemetry import current_trace_id, span_within, trace_content
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 from services.rpc.channel import UnaryMethod, call
@@ -210,14 +211,15 @@ class Pipeline:
             status if cached else CacheStatus.BYPASS,
         )
 
-    async def _counted(self, work: Callable[[], Awaitable[_Result]], timeout: float) -> _Result:
+    async def _counted(
+        self, work: Callable[[], Coroutine[Any, Any, _Result]], timeout: float
+    ) -> _Result:
         """Does it within `timeout` seconds, as one of the requests that may be worked on."""
         outcome, cache = "client-closed", "none"
         with self._slots.one():
             try:
                 try:
-                    async with asyncio.timeout(timeout):
-                        result = await work()
+                    result = await within(timeout, work())
                 except TimeoutError:
                     raise GatewayError("timeout", f"No answer within {timeout:g} s.") from None
                 outcome, cache = "ok", result.cache.value
@@ -238,11 +240,11 @@ class Pipeline:
             stored, status = await self._compute(job, clock), CacheStatus.BYPASS
         else:
             stored, status = await self._shared(job, clock)
-        span = trace.get_current_span()
-        span.set_attribute("miaotui.cache.status", status.value)
-        span.set_attribute("miaotui.request.id", request_id)
-        if self._trace_content:
-            span.set_attribute("miaotui.question", request.question)
+        if (span := trace.get_current_span()).is_recording():
+            span.set_attribute("miaotui.cache.status", status.value)
+            span.set_attribute("miaotui.request.id", request_id)
+            if self._trace_content:
+                span.set_attribute("miaotui.question", request.question)
         return QaResponse(
             answerable=stored.answerable,
             answers=[
@@ -264,7 +266,7 @@ class Pipeline:
         key = self._answers.key(job.served.identity, job.request)
         while (flight := self._flights.join(key)) is not None:
             link = [Link(flight.context)] if flight.context.is_valid else None
-            with _tracer.start_as_current_span("wait for an equal request", links=link):
+            with span_within(_tracer, "wait for an equal request", links=link):
                 try:
                     stored, status = await clock.timed("wait", self._flights.wait(key, flight))
                 except GatewayError as error:
@@ -405,7 +407,7 @@ class Pipeline:
         request: QaRequest,
     ) -> StoredAnswer:
         try:
-            with _tracer.start_as_current_span("read spans"):
+            with span_within(_tracer, "read spans"):
                 if len(windows.windows) <= READ_INLINE_WINDOWS:
                     return self._reader(windows, passage, logits, request)
                 return await asyncio.to_thread(self._reader, windows, passage, logits, request)

@@ -15,6 +15,7 @@ from gateway.cache.backend import CacheBackend
 from gateway.cache.codec import Sealer
 from gateway.metrics import GatewayMetrics
 from gateway.schema import QaRequest
+from miaotui.telemetry import span_within
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 
 _tracer = trace.get_tracer("miaotui.gateway")
@@ -98,7 +99,8 @@ class SealedStore:
                 await self.backend.put(key, self._sealer.wrap(key, payload))
 
     def _span(self, operation: str) -> AbstractContextManager[Span]:
-        return _tracer.start_as_current_span(
+        return span_within(
+            _tracer,
             f"{operation} {self._name} cache",
             kind=SpanKind.CLIENT,
             attributes={

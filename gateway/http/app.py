@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic_core import to_json
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route, Router
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.access.caller import spend
@@ -26,13 +24,13 @@ from gateway.documents.api import DocumentsApi
 from gateway.errors import FieldError, GatewayError
 from gateway.http.body import read_json
 from gateway.http.exchange import SSE, json_response, request_id, timeout_given, unless_gone
-from gateway.http.failures import failure_response
 from gateway.http.middleware import RequestScope
 from gateway.http.openai.api import OpenAiApi
 from gateway.http.openai.audio import AudioApi
 from gateway.http.openapi import openapi_document
 from gateway.http.page import WebFiles
 from gateway.http.problems import catalogue, problem_of
+from gateway.http.routing import Routing
 from gateway.http.views import (
     ALIVE,
     BATCH_LINE,
@@ -183,13 +181,11 @@ def build_app(
 ) -> ASGIApp:
     """The ASGI application; `access`: who may use it, `None`: everybody."""
     routes = HttpApi(settings, models, desk, live).routes()
-    handlers: Mapping[Any, Any] = {GatewayError: _on_error, HTTPException: _on_http_error}
-    routing: ASGIApp = Router(routes, redirect_slashes=False)
+    app: ASGIApp = Routing(routes)
     if access is not None:
-        routing = Gate(routing, access, open_metrics=settings.open_metrics)
-    router = ExceptionMiddleware(routing, handlers=handlers)
+        app = Gate(app, access, open_metrics=settings.open_metrics)
     paths = {route.endpoint: route.path for route in routes}
-    app: ASGIApp = RequestScope(router, metrics, paths)
+    app = RequestScope(app, metrics, paths)
     if settings.cors_allowed:
         # Outermost: a browser's preflight has neither key nor body.
         app = CORSMiddleware(
@@ -200,21 +196,6 @@ def build_app(
             expose_headers=["Retry-After", "X-Request-ID", "X-Trace-ID"],
         )
     return app
-
-
-def _on_error(request: Request, error: GatewayError) -> Response:
-    return failure_response(request.url.path, error, request_id(request))
-
-
-def _on_http_error(request: Request, error: HTTPException) -> Response:
-    if error.status_code == 405:
-        failure = GatewayError("method-not-allowed", "This path knows other methods.")
-    elif error.status_code == 404:
-        failure = GatewayError("not-found", "Nothing is served under this path.")
-    else:
-        failure = GatewayError("internal", "Something went wrong that should not.")
-    headers = dict(error.headers or {})
-    return failure_response(request.url.path, failure, request_id(request), headers)
 
 
 def _items(body: Any, settings: GatewaySettings) -> list[Any]:

@@ -8,7 +8,9 @@ from collections.abc import AsyncGenerator
 from typing import Any, NoReturn
 
 from starlette.requests import Request
+from starlette.types import Receive
 
+from gateway.begun import within
 from gateway.errors import GatewayError
 from gateway.settings import GatewaySettings
 
@@ -39,24 +41,28 @@ def _check_type(request: Request) -> None:
 async def _read(request: Request, settings: GatewaySettings) -> bytes:
     limit = settings.max_body_bytes
     await _check_declared(request, limit)
-    body = bytearray()
-    more = True
     try:
-        async with asyncio.timeout(settings.body_timeout):
-            while more and len(body) <= limit:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise GatewayError("client-closed", "The caller went away.")
-                body += message.get("body", b"")
-                more = message.get("more_body", False)
+        body, more = await within(settings.body_timeout, _received(request.receive, limit))
     except TimeoutError:
         raise GatewayError("body-timeout", "The body stopped on its way.") from None
     if len(body) > limit:
-        body.clear()
+        del body
         if more:
             await _drain(request, limit * _DRAIN_FACTOR)
         raise _too_large(limit)
-    return bytes(body)
+    return body
+
+
+async def _received(receive: Receive, limit: int) -> tuple[bytes, bool]:
+    """The body, and whether there is more of it: where it has more than `limit` bytes."""
+    body, more = bytearray(), True
+    while more and len(body) <= limit:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise GatewayError("client-closed", "The caller went away.")
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return bytes(body), more
 
 
 async def limited(request: Request, settings: GatewaySettings) -> AsyncGenerator[bytes, None]:
@@ -116,9 +122,7 @@ async def _drain(request: Request, limit: int) -> None:
 def parse_json(body: bytes) -> Any:
     """JSON by the letter: UTF-8, no field twice, no NaN. Raises `GatewayError`."""
     try:
-        return json.loads(
-            body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
-        )
+        return _DECODER.decode(body.decode("utf-8"))
     except UnicodeDecodeError:
         raise _malformed("it is not UTF-8.") from None
     except json.JSONDecodeError as error:
@@ -140,6 +144,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(_: str) -> NoReturn:
     raise _malformed("NaN and Infinity are not JSON.")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
 def _malformed(what: str) -> GatewayError:

@@ -12,11 +12,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive
 
+from gateway.begun import Begun
 from gateway.errors import GatewayError
 
 T = TypeVar("T")
 JSON = "application/json"
 SSE = "text/event-stream"
+_HEADERS = ((b"cache-control", b"no-store"), (b"content-type", JSON.encode()))
 
 
 def request_id(request: Request) -> str:
@@ -24,9 +26,20 @@ def request_id(request: Request) -> str:
     return str(request.scope["state"]["request_id"])
 
 
+class _JsonBody(Response):
+    """Knows most of its headers beforehand."""
+
+    media_type = JSON
+
+    def init_headers(self, headers: Mapping[str, str] | None = None) -> None:
+        self.raw_headers = [*_HEADERS, (b"content-length", b"%d" % len(self.body))]
+        if headers:
+            self.headers.update(headers)
+
+
 def json_response(body: bytes, headers: Mapping[str, str] | None = None) -> Response:
     """A JSON body that no cache keeps."""
-    return Response(body, headers={"Cache-Control": "no-store", **(headers or {})}, media_type=JSON)
+    return _JsonBody(body, headers=headers)
 
 
 def timeout_given(request: Request, longest: float) -> float | None:
@@ -47,18 +60,34 @@ def timeout_given(request: Request, longest: float) -> float | None:
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Awaits `work`, and cancels it when the caller closes the connection."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise GatewayError("client-closed", "The caller went away.")
-        return task.result()
-    finally:
-        gone.cancel()
-        if not task.done():
+    begun = Begun(work)
+    if begun.done:
+        return begun.result
+    task = asyncio.current_task()
+    assert task is not None, "somebody awaits this"
+    gone = over = False
+
+    def cancel(_: asyncio.Task[None]) -> None:
+        nonlocal gone
+        if not over:
+            gone = True
             task.cancel()
-            await asyncio.wait((task,))
+
+    watch = asyncio.ensure_future(_gone(receive))
+    watch.add_done_callback(cancel)
+    try:
+        result = await begun
+    except (Exception, asyncio.CancelledError):
+        if not gone:
+            raise
+    finally:
+        over = True
+        watch.cancel()
+    if not gone:
+        return result
+    if task.uncancel():
+        raise asyncio.CancelledError  # somebody else has cancelled it, too
+    raise GatewayError("client-closed", "The caller went away.")
 
 
 async def _gone(receive: Receive) -> None:

@@ -1,7 +1,8 @@
-"""An error in the shape that its path speaks."""
+"""Errors, by where they come from, and in the shape that their path speaks."""
 
 from __future__ import annotations
 
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from gateway.errors import GatewayError
@@ -18,3 +19,12 @@ def failure_response(
     if speaks_openai(path):
         return error_response(error, headers)
     return problem_response(error, request_id, headers)
+
+
+def from_routing(error: HTTPException) -> GatewayError:
+    """What Starlette's router raises where it finds no endpoint."""
+    if error.status_code == 405:
+        return GatewayError("method-not-allowed", "This path knows other methods.")
+    if error.status_code == 404:
+        return GatewayError("not-found", "Nothing is served under this path.")
+    return GatewayError("internal", "Something went wrong that should not.")

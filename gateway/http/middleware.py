@@ -7,22 +7,24 @@ OpenTelemetry's ASGI instrumentation adds two spans to each.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 import traceback
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from opentelemetry import context as otel_context
 from opentelemetry import trace
-from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import GatewayError
-from gateway.http.failures import failure_response
+from gateway.http.failures import failure_response, from_routing
 from gateway.metrics import GatewayMetrics
-from miaotui.telemetry import extract_context, inject_context
+from miaotui.telemetry import extract_context, traceparent
 
 log = logging.getLogger(__name__)
 _tracer = trace.get_tracer("miaotui.gateway")
@@ -46,7 +48,7 @@ def new_request_id(given: bytes | None) -> str:
     """The caller's request id if it is sane (letters, digits, "._-", at most 128), or a new one."""
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given.decode("ascii")
-    return uuid.uuid4().hex
+    return os.urandom(16).hex()
 
 
 class RequestScope:
@@ -73,7 +75,7 @@ class RequestScope:
         exchange = _Exchange(send, request_id)
         started = time.perf_counter()
         scheme = scope.get("scheme", "http")
-        self._metrics.active_requests.add(1, {"http.request.method": method})
+        self._metrics.active_requests.add(1, method)
         counted = method == "POST" and scope["path"].startswith(_API)
         if counted:
             self._metrics.live.began()
@@ -83,7 +85,7 @@ class RequestScope:
             else:
                 await self._traced(scope, receive, exchange, headers, method)
         finally:
-            self._metrics.active_requests.add(-1, {"http.request.method": method})
+            self._metrics.active_requests.add(-1, method)
             seconds = time.perf_counter() - started
             if counted:
                 self._metrics.live.ended(seconds, failed=exchange.status >= 500)
@@ -120,31 +122,26 @@ class RequestScope:
         if client := scope.get("client"):
             attributes["client.address"] = client[0]
         started = time.perf_counter()
-        with _tracer.start_as_current_span(
-            method,
-            context=extract_context(carrier),
-            kind=SpanKind.SERVER,
-            attributes=attributes,
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
-            exchange.trace_headers()
+        span = _tracer.start_span(
+            method, extract_context(carrier), kind=SpanKind.SERVER, attributes=attributes
+        )
+        token = otel_context.attach(trace.set_span_in_context(span))
+        try:
+            context = span.get_span_context()
+            exchange.trace_headers(context)
             await self._run(scope, receive, exchange)
             route = self._route(scope)
-            if route != "unmatched":
-                # An unmatched path is the caller's text, and may hold anything.
-                span.update_name(f"{method} {route}")
-                span.set_attribute("http.route", route)
-                span.set_attribute("url.path", route)
-            span.set_attribute("http.response.status_code", exchange.status)
-            if exchange.status >= 500:
-                span.set_status(Status(StatusCode.ERROR))
+            if span.is_recording():
+                _describe(span, method, route, exchange.status)
             took = time.perf_counter() - started
-            self._metrics.lone.ended(span.get_span_context(), method, route, exchange.status, took)
+            self._metrics.lone.ended(context, method, route, exchange.status, took)
+        finally:
+            otel_context.detach(token)
+            span.end()
 
     async def _run(self, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
         try:
-            await self._app(scope, receive, exchange.send)
+            await self._answered(scope, receive, exchange)
         except ClientDisconnect:
             log.debug("the caller of %s was gone before its response", exchange.request_id)
         except Exception as error:  # noqa: BLE001 - the last net
@@ -158,11 +155,38 @@ class RequestScope:
             response = failure_response(scope["path"], failure, exchange.request_id)
             await response(scope, receive, exchange.send)
 
+    async def _answered(self, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
+        """Puts refusals into words."""
+        headers: dict[str, str] = {}
+        try:
+            await self._app(scope, receive, exchange.send)
+            return
+        except GatewayError as error:
+            failure = error
+        except HTTPException as error:
+            failure, headers = from_routing(error), dict(error.headers or {})
+        if exchange.started:
+            raise RuntimeError("refused, and the response had begun")
+        response = failure_response(scope["path"], failure, exchange.request_id, headers)
+        await response(scope, receive, exchange.send)
+
     def _route(self, scope: Scope) -> str:
         return self._paths.get(scope.get("endpoint", _nothing), "unmatched")
 
 
 def _nothing() -> None: ...
+
+
+def _describe(span: Span, method: str, route: str, status: int) -> None:
+    """Tells a span that is recorded what has become of its request."""
+    if route != "unmatched":
+        # An unmatched path is the caller's text, and may hold anything.
+        span.update_name(f"{method} {route}")
+        span.set_attribute("http.route", route)
+        span.set_attribute("url.path", route)
+    span.set_attribute("http.response.status_code", status)
+    if status >= 500:
+        span.set_status(Status(StatusCode.ERROR))
 
 
 class _Exchange:
@@ -176,12 +200,11 @@ class _Exchange:
         self.started = False
         self._headers = [*_SECURITY, (b"x-request-id", request_id.encode())]
 
-    def trace_headers(self) -> None:
-        """Adds the current span's ids to the response."""
-        parent = inject_context().get("traceparent")
-        if parent:
-            self._headers.append((b"traceparent", parent.encode()))
-            self._headers.append((b"x-trace-id", parent.split("-")[1].encode()))
+    def trace_headers(self, context: SpanContext) -> None:
+        """Adds the ids of the request's span to the response."""
+        if context.is_valid:
+            self._headers.append((b"traceparent", traceparent(context).encode()))
+            self._headers.append((b"x-trace-id", format(context.trace_id, "032x").encode()))
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -10,7 +10,7 @@ from grpc import aio
 from opentelemetry import trace
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
-from miaotui.telemetry import inject_context
+from miaotui.telemetry import inject_context, span_within
 from services.rpc.tls import channel_credentials
 
 # Tensors are cut into parts below this (services/shard/codec.py), so it bounds what one
@@ -89,7 +89,8 @@ async def call(
     """
     service, _, rpc = name.partition("/")
     attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": rpc}
-    with _tracer.start_as_current_span(
+    with span_within(
+        _tracer,
         name,
         kind=SpanKind.CLIENT,
         attributes=attributes,
