@@ -17,6 +17,8 @@ from miaotui.media.errors import MediaError
 Samples = NDArray[np.float32]
 
 _BLOCK_SECONDS = 5.0
+# Of all channels together.
+_BLOCK_SAMPLES = 2_000_000
 # A window is cut at the quietest place of its last seconds, so that no word is cut in two.
 CUT_SECONDS = 5.0
 _QUIET_SECONDS = 0.2
@@ -24,9 +26,16 @@ _HOP_SECONDS = 0.01
 # What is left after the last cut is silence or a click, and models make words up of it.
 _SHORTEST_SECONDS = 0.05
 _KINDS = "WAV, FLAC, OGG (Vorbis, Opus) and MP3"
-# Samples a second that a file may claim: a header can say anything.
+# libsndfile reads twenty kinds more, some with code that prints what it stumbles over.
+_BEGINNINGS = (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"ID3")
+_FORMATS = frozenset(("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3"))
+# Samples a second that a file may claim: a header can say anything. At 1, a file of some
+# kilobytes would be hours long.
+_MIN_RATE = 1_000
 _MAX_RATE = 384_000
 _MAX_CHANNELS = 32
+# Of floating-point samples, which mostly lie between -1 and 1: above, their squares overflow.
+_LOUDEST = 2.0**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +95,12 @@ def _resampled(data: bytes, rate: int, max_seconds: float) -> Iterator[Samples]:
         resampler = None
         if file.samplerate != rate:
             resampler = soxr.ResampleStream(file.samplerate, rate, 1, dtype="float32", quality="HQ")
+        frames_at_once = min(
+            round(_BLOCK_SECONDS * file.samplerate), _BLOCK_SAMPLES // file.channels
+        )
         frames = 0
         while True:
-            block = _read(file, round(_BLOCK_SECONDS * file.samplerate))
+            block = _read(file, frames_at_once)
             frames += len(block)
             if frames > max_seconds * file.samplerate:
                 raise _too_long(max_seconds)
@@ -102,15 +114,37 @@ def _resampled(data: bytes, rate: int, max_seconds: float) -> Iterator[Samples]:
                 return
 
 
+class _File(io.BytesIO):
+    """Where a damaged header sends the reader to before the beginning, it stays where it is.
+
+    An exception could not leave libsndfile, and would be printed.
+    """
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return self.tell()
+
+
 def _open(data: bytes) -> Any:
+    unknown = MediaError("file", f"is not a sound file of a known kind; send {_KINDS}")
+    # MP3 without tags begins with a frame: eleven bits of 1.
+    if not data.startswith(_BEGINNINGS) and (data[:1] != b"\xff" or data[1:2] < b"\xe0"):
+        raise unknown
     try:
-        return soundfile.SoundFile(io.BytesIO(data))
+        file = soundfile.SoundFile(_File(data))
     except (soundfile.LibsndfileError, RuntimeError, TypeError, ValueError):
-        raise MediaError("file", f"is not a sound file of a known kind; send {_KINDS}") from None
+        raise unknown from None
+    if file.format not in _FORMATS:
+        file.close()
+        raise unknown
+    return file
 
 
 def _check_header(file: Any, max_seconds: float) -> None:
-    if not 0 < file.samplerate <= _MAX_RATE or not 0 < file.channels <= _MAX_CHANNELS:
+    rate, channels = file.samplerate, file.channels
+    if not _MIN_RATE <= rate <= _MAX_RATE or not 0 < channels <= _MAX_CHANNELS:
         raise MediaError("file", "has a sampling rate or channels as no recording has")
     # Some kinds do not know their length: those are counted as they are read.
     if 0 < file.frames < 2**62 and file.frames > max_seconds * file.samplerate:
@@ -122,8 +156,9 @@ def _read(file: Any, frames: int) -> Samples:
         block: Samples = file.read(frames, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError, ValueError):
         raise MediaError("file", "is broken: its sound cannot be decoded to its end") from None
-    if not np.isfinite(block).all():
-        raise MediaError("file", "is broken: it holds samples that are no numbers")
+    # Of no numbers, this is not true either.
+    if len(block) and not max(-block.min(), block.max()) <= _LOUDEST:
+        raise MediaError("file", "is broken: it holds samples that are no numbers, or too large")
     return block
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from miaotui.media.budget import Budget
 from miaotui.media.errors import MediaError
 from miaotui.text.errors import ModelDirectoryError
 
@@ -18,7 +19,10 @@ Modality = Literal["audio", "image"]
 
 @dataclass(frozen=True, slots=True)
 class MediaLimits:
-    """What one file may cost: its bytes, a sound's seconds, a picture's pixels."""
+    """What one file may cost: its bytes, a sound's seconds, a picture's pixels.
+
+    Pictures that are read at once have no more pixels together, either: the others wait.
+    """
 
     max_bytes: int = 32 * 1024 * 1024
     max_seconds: float = 4 * 3600.0
@@ -43,6 +47,7 @@ class FeatureExtractor:
         self.modality = modality
         self.limits = limits
         self._extractor = extractor
+        self._pixels = Budget(limits.max_pixels)
 
     @property
     def window_seconds(self) -> float:
@@ -71,13 +76,18 @@ class FeatureExtractor:
             yield Features(values, window.start_seconds, window.end_seconds)
 
     def _seen(self, data: bytes) -> Iterator[Features]:
-        from miaotui.media.images import read_picture
+        from miaotui.media.images import claimed_pixels, read_picture
 
-        picture = read_picture(data, max_pixels=self.limits.max_pixels)
-        try:
-            made = self._extractor(picture, return_tensors="np")
-        except ValueError:  # such as a picture of one pixel, whose channels cannot be told
-            raise MediaError("file", "is a picture that the model's processor refuses") from None
+        most = self.limits.max_pixels
+        # A pixel takes some twenty bytes on the way: a file of some kilobytes up to a gigabyte.
+        with self._pixels.taking(claimed_pixels(data, max_pixels=most)):
+            picture = read_picture(data, max_pixels=most)
+            try:
+                made = self._extractor(picture, return_tensors="np")
+            except ValueError:  # such as a picture of one pixel, whose channels cannot be told
+                raise MediaError(
+                    "file", "is a picture that the model's processor refuses"
+                ) from None
         yield Features(np.ascontiguousarray(made["pixel_values"][0], np.float32))
 
 

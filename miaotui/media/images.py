@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -19,6 +21,20 @@ def read_picture(data: bytes, *, max_pixels: int) -> Image.Image:
     Transparent places become white; of an animation it is the first frame. Raises `MediaError`
     where it is broken, of an unknown kind, or has more than `max_pixels` (before it is decoded).
     """
+    with _opened(data, max_pixels) as opened:
+        opened.load()
+        return _over_white(ImageOps.exif_transpose(opened))
+
+
+def claimed_pixels(data: bytes, *, max_pixels: int) -> int:
+    """How many pixels a file says that it has, which need not be true. Raises `MediaError`."""
+    with _opened(data, max_pixels) as opened:
+        return opened.width * opened.height
+
+
+@contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture, not decoded yet; what goes wrong with it becomes a `MediaError`."""
     try:
         with warnings.catch_warnings():
             # Pillow warns of large pictures; the limit below is ours.
@@ -26,8 +42,7 @@ def read_picture(data: bytes, *, max_pixels: int) -> Image.Image:
             opened = Image.open(io.BytesIO(data), formats=_FORMATS)
             _check_size(opened.size, max_pixels)
             with opened:
-                opened.load()
-                return _over_white(ImageOps.exif_transpose(opened))
+                yield opened
     except MediaError:
         raise
     except Image.DecompressionBombError:

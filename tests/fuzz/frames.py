@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import struct
 from contextlib import suppress
 from typing import Any
 
@@ -105,16 +106,24 @@ class FrameCases:
 
     def _batch(self, chance: random.Random, info: pb.StageInfo, number: int) -> pb.ForwardRequest:
         lengths = [chance.choice((1, 2, 5)) for _ in range(chance.choice((1, 1, 2, 4)))]
+        # Behind an encoder's last layer: the rows that it made, and the ids of the tokens.
+        rows = 0 if info.source_rows else sum(lengths)
         sequences = []
         for index, length in enumerate(lengths):
             meta = pb.SequenceMeta(request_id=f"f{number}", sequence=index, length=length)
             if info.kind == pb.MODEL_KIND_GENERATIVE:
-                block = chance.randrange(max(1, info.kv_blocks))
                 meta.decode.sequence_id = number + index + 1
-                meta.decode.blocks = block.to_bytes(4, "little")
                 meta.decode.samples = chance.choice((0, 1))
+                blocks = 1
+                if info.source_rows:
+                    rows += info.source_rows
+                    blocks += -(-info.source_rows // info.kv_block_tokens)
+                    meta.decode.begin.sampling.temperature = 0.0
+                    meta.decode.tokens = struct.pack(f"<{length}i", *range(3, 3 + length))
+                first = chance.randrange(max(1, info.kv_blocks - blocks))
+                meta.decode.blocks = struct.pack(f"<{blocks}i", *range(first, first + blocks))
             sequences.append(meta)
-        shape = [sum(lengths), info.hidden_size]
+        shape = [rows, info.hidden_size]
         batch = pb.Batch(batch_id=number, sequences=sequences, in_flight=1)
         batch.hidden.dtype = info.wire_dtype
         batch.hidden.shape.extend(shape)

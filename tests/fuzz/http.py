@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
-from tests.fuzz import files, values
+from tests.fuzz import files, pictures, sound, values
 from tests.fuzz.cases import LATE, Entry, Finding
 from tests.fuzz.wire import Connection, Reply
 
@@ -87,7 +87,8 @@ class HttpCases:
         ]
         return [
             *made,
-            *(Entry(f"HTTP upload to {path}", self._uploading(path), 0.6) for path in uploads),
+            *(Entry(f"HTTP upload to {path}", self._uploading(path), 3.0) for path in uploads),
+            Entry("HTTP pictures to /v1/chat/completions", self._picture, 6.0),
             Entry("HTTP, other paths and methods", self._elsewhere, 1.0),
             Entry("HTTP, malformed on the socket", self._malformed, 3.0),
         ]
@@ -153,17 +154,25 @@ class HttpCases:
         return [(name, make(chance)) for name, make in _HEADERS if chance.random() < 0.06]
 
     def _uploading(self, path: str) -> Any:
+        content = self._contents(self._document["paths"][path]["post"])
+        schema = content["multipart/form-data"]["schema"]
+
         async def run(chance: random.Random) -> str:
-            return await self._upload(chance, path)
+            if path.startswith("/v1/audio"):
+                kind, body = sound.upload(chance, schema)
+                return await self._send("POST", path, [("Content-Type", kind)], body)
+            kind, body = files.form(chance)
+            target = path + chance.choice(
+                ("", "", "?collection=fuzz", "?collection=%00", "?collection=")
+            )
+            return await self._send("POST", target, [("Content-Type", kind)], body)
 
         return run
 
-    async def _upload(self, chance: random.Random, path: str) -> str:
-        kind, body = files.form(chance)
-        target = path + chance.choice(
-            ("", "", "?collection=fuzz", "?collection=%00", "?collection=")
-        )
-        return await self._send("POST", target, [("Content-Type", kind)], body)
+    async def _picture(self, chance: random.Random) -> str:
+        body = values.dumped(chance, pictures.chat(chance))
+        headers = [("Content-Type", "application/json")]
+        return await self._send("POST", "/v1/chat/completions", headers, body)
 
     async def _elsewhere(self, chance: random.Random) -> str:
         known = chance.choice(list(self._document["paths"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -16,74 +15,17 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from miaotui.v1 import gateway_pb2, shard_pb2, tokenizer_pb2
 from services.rpc.channel import open_channel
 from tests.fuzz import values
-from tests.fuzz.cases import HANG_SECONDS, LATE, MARK, Entry, Finding
+from tests.fuzz.cases import HANG_SECONDS, LATE, Entry, Finding
 from tests.fuzz.messages import changed_message, random_message
+from tests.fuzz.requests import Making
 
 LOCAL = "Internal error from Core"
-_CONTEXT = f"Ada Lovelace wrote the first program, {MARK}, in 1843. 艾达写的。"
 _READ = 40
 """Responses of a stream that are read before the client goes away."""
 _BAD = (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS)
 _BAD_NUMBERS = {code.value[0] for code in _BAD}
-
-
-def _ids(*ids: int) -> bytes:
-    return struct.pack(f"<{len(ids)}i", *ids)
-
-
-def _sampling() -> shard_pb2.SamplingParams:
-    return shard_pb2.SamplingParams(temperature=0.7, top_k=5)
-
-
-def good_requests() -> dict[str, Message]:
-    """A request that is right, by the method's full name."""
-    answer = gateway_pb2.AnswerRequest(question="Who wrote it?", context=_CONTEXT)
-    options = gateway_pb2.WriteOptions(max_tokens=3, sampling=_sampling(), seeded=True)
-    chat = tokenizer_pb2.ChatPrompt(
-        messages=[tokenizer_pb2.ChatMessage(role="user", content="你好, who?")]
-    )
-    infer = shard_pb2.InferRequest(
-        request_id="fuzz", sequences=[shard_pb2.TokenSequence(input_ids=_ids(2, 7, 9, 3))]
-    )
-    generate = shard_pb2.GenerateRequest(
-        request_id="fuzz", input_ids=_ids(1, 9, 8, 7), max_tokens=4, stop_token_ids=[2]
-    )
-    encode = tokenizer_pb2.EncodeRequest(
-        request_id="fuzz", question="Who wrote it?", text=_CONTEXT, max_length=32
-    )
-    prompt = tokenizer_pb2.EncodePromptRequest(request_id="fuzz", chat=chat)
-    decode = tokenizer_pb2.DecodeBatchRequest(
-        request_id="fuzz",
-        items=[tokenizer_pb2.DecodeItem(token_ids=_ids(9, 8, 7), read_offset=1)],
-        pieces=[9],
-    )
-    return {
-        "GatewayService/Answer": answer,
-        "GatewayService/AnswerBatch": gateway_pb2.AnswerBatchRequest(requests=[answer, answer]),
-        "GatewayService/Write": gateway_pb2.WriteRequest(text="Ada", options=options),
-        "GatewayService/Chat": gateway_pb2.ChatRequest(chat=chat, options=options),
-        "ShardService/Infer": infer,
-        "ShardService/InferStream": shard_pb2.InferStreamRequest(request=infer),
-        "ShardService/Generate": generate,
-        "ShardService/GenerateStream": shard_pb2.GenerateStreamRequest(request=generate),
-        "TokenizerService/Encode": encode,
-        "TokenizerService/EncodeStream": tokenizer_pb2.EncodeStreamRequest(request=encode),
-        "TokenizerService/EncodePrompt": prompt,
-        "TokenizerService/EncodePromptStream": tokenizer_pb2.EncodePromptStreamRequest(
-            request=prompt
-        ),
-        "TokenizerService/Decode": tokenizer_pb2.DecodeRequest(ids=[5, 6, 7]),
-        "TokenizerService/DecodeBatch": decode,
-        "TokenizerService/DecodeBatchStream": tokenizer_pb2.DecodeBatchStreamRequest(
-            request=decode
-        ),
-        "TokenizerService/ExtractFeatures": tokenizer_pb2.ExtractFeaturesRequest(
-            request_id="fuzz", file=b"RIFF"
-        ),
-    }
 
 
 class RpcCases:
@@ -94,14 +36,15 @@ class RpcCases:
         name: str,
         target: str,
         services: Iterable[ServiceDescriptor],
+        good: Mapping[str, Making],
         share: Callable[[str], float] = lambda _: 1.0,
     ) -> None:
-        """`name`: the server's, for reports."""
+        """`name`: the server's, for reports; `good`: see `good_requests`."""
         self._name = name
         self._target = target
         self._services = tuple(services)
         self._share = share
-        self._good: Mapping[str, Message] = good_requests()
+        self._good = good
         self._channel: aio.Channel | None = None
 
     def entries(self) -> list[Entry]:
@@ -134,7 +77,8 @@ class RpcCases:
             if chance.random() < 0.08:
                 timeout = chance.choice((0.0005, 0.005, 0.05))
             count = chance.choice((0, 1, 1, 2, 5)) if method.client_streaming else 1
-            sent = [_encoded(chance, method, good, number) for number in range(count)]
+            right = good(chance) if good is not None else None
+            sent = [_encoded(chance, method, right, number) for number in range(count)]
             stop = 0.05 if endless else 0.02 if chance.random() < 0.07 else 0.0
             try:
                 async with asyncio.timeout(stop or None):

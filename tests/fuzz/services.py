@@ -1,4 +1,4 @@
-"""Real services for the cases: two models in two stages each, the encoder, and stages 1 that get
+"""Real services for the cases: four models in two stages each, the encoder, and stages 1 that get
 wrong frames."""
 
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from tests.encoder import EncoderStage, open_encoder
 from tests.fuzz.cases import LATE, MARK, Entry, Finding
 from tests.fuzz.frames import FrameCases
 from tests.fuzz.http import HttpCases
+from tests.fuzz.requests import good_requests
 from tests.fuzz.rpc import RpcCases
+from tests.media.checkpoints import make_captioner, make_whisper
 from tests.processes import Cluster, ServiceProcess, free_port
 
 _LIMITS = {
@@ -36,6 +38,9 @@ _LIMITS = {
     "MIAOTUI_GATEWAY_BODY_TIMEOUT": "2",
     "MIAOTUI_GATEWAY_READING_TIMEOUT": "20",
 }
+_BLOCKS = {"MIAOTUI_SHARD_KV_CACHE_BYTES": "4000000"}
+# What the gateway's settings call the models that are not the reader.
+_PREFIXES = {"writer": "GENERATOR", "hearer": "TRANSCRIBER", "seer": "CAPTIONER"}
 _QUESTION = {
     "question": "Who wrote the first program?",
     "context": "Ada Lovelace wrote the first program in 1843.",
@@ -50,7 +55,10 @@ def _services(file: Any) -> list[ServiceDescriptor]:
 
 
 def _share(name: str) -> float:
-    """Common services are not ours; Forward needs its own cases."""
+    """Common services are not ours; Forward needs its own cases; files are most of what a model
+    that hears or sees is sent."""
+    if name.endswith("/ExtractFeatures"):
+        return 6.0
     if name.startswith(("Health", "ServerReflection", "ExplainService")):
         return 0.15
     if name.startswith(("ShardService/Forward", "ShardService/Describe")):
@@ -64,26 +72,27 @@ class Services:
     def __init__(
         self,
         cluster: Cluster,
-        writer: Cluster | None,
+        others: Mapping[str, Cluster],
         encoder: EncoderStage | None,
         victims: list[ServiceProcess],
     ) -> None:
+        """`others`: the models beside the reader, by what they do."""
         self._cluster = cluster
         self._victims = victims
         self._encoder = encoder
         self.processes = [*cluster.processes, *victims]
         if encoder is not None:
             self.processes.append(encoder)
-        if writer is not None:
-            self.processes += [writer.tokenizer, *writer.shards]
-        self._writer = writer
+        for other in others.values():
+            self.processes += [other.tokenizer, *other.shards]
+        self._others = others
         self._answer: Any = None
         self._closing: list[RpcCases | FrameCases] = []
         self._resident: dict[str, int] = {}
 
     async def entries(self, victims: dict[str, tuple[str, str]]) -> list[Entry]:
         """All of them; `victims`: host:port of both stages of rings that are sent wrong frames."""
-        cluster, writer = self._cluster, self._writer
+        cluster = self._cluster
         common = [*_services(health_pb2), *_services(reflection_pb2)]
         gateway = [*_services(gateway_pb2), *_services(trace_service_pb2), *common]
         shard = [*_services(shard_pb2), *_services(explain_pb2), *common]
@@ -94,9 +103,10 @@ class Services:
             "stage 0": (cluster.stage_targets[0], shard),
             "stage 1": (cluster.stage_targets[1], shard),
         }
-        if writer is not None:
-            servers["writer's tokenizer"] = (writer.tokenizer_target, _services(tokenizer_pb2))
-            servers["writer's stage 0"] = (writer.stage_targets[0], _services(shard_pb2))
+        for name, other in self._others.items():
+            servers[f"{name}'s tokenizer"] = (other.tokenizer_target, _services(tokenizer_pb2))
+            for index, target in enumerate(other.stage_targets):
+                servers[f"{name}'s stage {index}"] = (target, _services(shard_pb2))
         if self._encoder is not None:
             servers["encoder's stage"] = (self._encoder.address, _services(shard_pb2))
         async with httpx.AsyncClient(base_url=cluster.url, trust_env=False) as http:
@@ -104,7 +114,8 @@ class Services:
         port = int(cluster.url.rpartition(":")[2])
         made = HttpCases(port, document).entries()
         for name, (target, services) in servers.items():
-            cases = RpcCases(name, target, services, _share)
+            good = good_requests(name.partition("'")[0])
+            cases = RpcCases(name, target, services, good, _share)
             made += cases.entries()
             self._closing.append(cases)
         for name, (own, target) in victims.items():
@@ -167,39 +178,46 @@ def _victim(name: str, model: Path, directory: Path) -> tuple[ServiceProcess, tu
         "MIAOTUI_SHARD_STAGE": "1",
         "MIAOTUI_SHARD_STAGES": ",".join(targets),
         "MIAOTUI_SHARD_DTYPE": "float32",
-        "MIAOTUI_SHARD_KV_CACHE_BYTES": "4000000",
+        **_BLOCKS,
     }
     argv = [sys.executable, "-m", "services.shard"]
     return ServiceProcess(f"victim-{name}", argv, env, directory / f"{name}.log"), targets
+
+
+def _companion(name: str, model: Path) -> Cluster:
+    """A model beside the reader: without a gateway of its own."""
+    cluster = Cluster(model, generative=True, shard_env=dict(_BLOCKS))
+    for process in (cluster.tokenizer, *cluster.shards):
+        process.name = f"{name}-{process.name}"
+    return cluster
 
 
 @asynccontextmanager
 async def running_services(
     directory: Path, *, writes: bool
 ) -> AsyncIterator[tuple[Services, list[Entry]]]:
-    """Starts everything; without `writes`, neither a model that writes nor the encoder."""
-    reader = make_checkpoint(directory / "reader", "bert", layers=2, hidden=32)
-    writer_model = make_decoder(directory / "writer", "llama", layers=2, max_length=128)
+    """Starts everything; without `writes`, neither models that write, hear and see nor the
+    encoder."""
+    models = {"reader": make_checkpoint(directory / "reader", "bert", layers=2, hidden=32)}
+    if writes:
+        models["writer"] = make_decoder(directory / "writer", "llama", layers=2, max_length=128)
+        models["hearer"] = make_whisper(directory / "hearer")
+        models["seer"] = make_captioner(directory / "seer")
+    others = {name: _companion(name, models[name]) for name in _PREFIXES if name in models}
+    env = dict(_LIMITS)
     async with AsyncExitStack() as stack:
-        writer = encoder = None
-        env = dict(_LIMITS)
-        if writes:
-            writer = Cluster(
-                writer_model,
-                generative=True,
-                shard_env={"MIAOTUI_SHARD_KV_CACHE_BYTES": "4000000"},
-            )
-            for process in (writer.tokenizer, *writer.shards):
-                process.name = f"writer-{process.name}"
+        for name, other in others.items():
+            for process in (other.tokenizer, *other.shards):
                 process.start()
                 stack.push_async_callback(asyncio.to_thread, process.stop)
+            env[f"MIAOTUI_GATEWAY_{_PREFIXES[name]}_TOKENIZER"] = other.tokenizer_target
+            env[f"MIAOTUI_GATEWAY_{_PREFIXES[name]}_SHARD"] = other.stage_targets[0]
+        encoder = None
+        if writes:
             encoder = EncoderStage(directory)
             encoder.start()
             stack.push_async_callback(asyncio.to_thread, encoder.stop)
             env["MIAOTUI_GATEWAY_ENCODER_STAGES"] = encoder.address
-            env["MIAOTUI_GATEWAY_GENERATOR_TOKENIZER"] = writer.tokenizer_target
-            env["MIAOTUI_GATEWAY_GENERATOR_SHARD"] = writer.stage_targets[0]
-        models = {"reader": reader, "writer": writer_model} if writes else {"reader": reader}
         victims, targets = [], {}
         for name, model in models.items():
             process, target = _victim(name, model, directory)
@@ -207,12 +225,12 @@ async def running_services(
             stack.push_async_callback(asyncio.to_thread, process.stop)
             victims.append(process)
             targets[name] = target
-        cluster = await stack.enter_async_context(Cluster(reader, gateway_env=env))
+        cluster = await stack.enter_async_context(Cluster(models["reader"], gateway_env=env))
         if encoder is not None:
             # No gateway waits for it, but its own cases need it.
             pair, _ = await open_encoder(encoder.address)
             await pair.close()
-        services = Services(cluster, writer, encoder, victims)
+        services = Services(cluster, others, encoder, victims)
         stack.push_async_callback(services.close)
         await services.check_answer()
         services.memory()

@@ -102,12 +102,38 @@ def test_long_sounds_are_cut_where_they_are_quiet_and_nothing_is_lost() -> None:
         (encoded(np.zeros(0, np.float32)), "holds no sound"),
         (encoded(np.full(RATE, np.nan, np.float32)), "no numbers"),
         (bytes(10_000_001), "more than 10000000 bytes"),
+        (encoded(np.full(RATE, 1e30, np.float32)), "too large"),
         (encoded(tone(2.0), kind="FLAC", subtype="PCM_16")[:9000], "broken"),
+        # Others know these kinds.
+        (encoded(tone(0.1), kind="SDS", subtype="PCM_16"), "known kind"),
+        (encoded(tone(0.1), kind="AIFF", subtype="PCM_16"), "known kind"),
+        # Some kilobytes that would be hours.
+        (encoded(tone(0.1), rate=1), "sampling rate"),
+        (encoded(np.zeros((9, 33), np.float32)), "channels"),
     ],
 )
 def test_what_is_refused(extractor: FeatureExtractor, data: bytes, problem: str) -> None:
     with pytest.raises(MediaError, match=problem):
         list(extractor.extract(data))
+
+
+def test_a_header_that_points_before_the_beginning_prints_nothing(
+    extractor: FeatureExtractor, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # The length of its tag, in seven bits a byte, is negative.
+    data = b"ID3\x04\x00\x00\xff\xff\xff\xff" + bytes(500)
+    with pytest.raises(MediaError, match="known kind"):
+        list(extractor.extract(data))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_sound_of_many_channels_is_read_in_smaller_blocks() -> None:
+    rate, channels, frames = 192_000, 32, 200_000
+    sound = np.zeros((frames, channels), np.float32)
+    sound[frames // 2 :] = 0.5
+    (window,) = read_windows(encoded(sound, rate, "WAV", "PCM_16"), rate, 30.0, max_seconds=60)
+    assert len(window.samples) == frames
+    np.testing.assert_allclose(window.samples, sound[:, 0], atol=1e-4)
 
 
 def test_too_long_a_sound_is_refused_by_its_header() -> None:

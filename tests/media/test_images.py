@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
+from miaotui.media.budget import Budget
 from miaotui.media.errors import MediaError
 from miaotui.media.features import FeatureExtractor, MediaLimits, load_extractor, modality_of
 from miaotui.media.images import read_picture
@@ -103,6 +107,28 @@ def bomb(width: int, height: int) -> bytes:
 def test_what_is_refused(extractor: FeatureExtractor, data: bytes, problem: str) -> None:
     with pytest.raises(MediaError, match=problem):
         list(extractor.extract(data))
+
+
+def test_pictures_read_at_once_share_a_bound() -> None:
+    budget, held, peak, turn = Budget(10), 0, 0, threading.Lock()
+
+    def read(pixels: int) -> None:
+        nonlocal held, peak
+        with budget.taking(pixels):
+            with turn:
+                held += pixels
+                peak = max(peak, held)
+            for _ in range(100):
+                time.sleep(0)  # lets the others go on
+            with turn:
+                held -= pixels
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read, [3, 10, 4, 5, 1, 7, 2, 6] * 20))
+        # More than there is waits for all of it, not for ever.
+        assert pool.submit(lambda: budget.taking(11).__enter__()).result(60) is None
+    assert peak == 10
+    assert held == 0
 
 
 def test_a_directory_without_a_processor_is_refused(tmp_path: Path) -> None:
