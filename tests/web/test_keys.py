@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gateway.access.keys import Limits, Rate, make_key
 from tests.web.conftest import Open, Site, client_of
-from tests.web.looks import assert_accessible, assert_plain
+from tests.web.looks import assert_accessible, assert_fits, assert_plain
 
 
 async def test_the_key_is_asked_for_kept_and_limited(visit: Open, site: Site) -> None:
@@ -50,6 +50,43 @@ async def test_without_a_key_it_says_so(visit: Open, site: Site) -> None:
     await page.keyboard.press("Escape")
     await page.wait_for_selector("text=需要网关接受的 API 密钥。")
     await page.wait_for_selector("header button[title='API 密钥']")
+
+
+async def test_the_description_takes_a_key(visit: Open, site: Site) -> None:
+    key, secret = make_key("trier")
+    site.keys.add(key)
+    view = await visit(url=site.guarded_url, phone=True, dark=True, expected=("401",))
+    await view.go("docs")
+    page = view.page
+    await page.wait_for_selector("#key")
+    await page.click("summary:has-text('POST /v1/qa Answer')")
+    trial = page.locator("details[open]")
+    assert "Needs an API key." in await trial.inner_text()
+    await assert_accessible(page)
+    await assert_fits(page)
+    for given, told in (
+        ("", "Give an API key above.\n\n401 "),
+        ("wrong", "The gateway did not accept the key above.\n\n401 "),
+        (secret, "200 application/json"),
+    ):
+        await page.fill("#key", given)
+        async with page.expect_response("**/v1/qa"):
+            await trial.get_by_role("button", name="Try it").click()
+        shown = page.locator("details[open] [role=status]", has_text=told)
+        await shown.wait_for()
+    assert secret not in await page.evaluate("JSON.stringify(localStorage)")
+
+    # The page knows it, too, and the other way round; where none is wanted, none is asked for.
+    await page.get_by_role("link", name="Miaotui", exact=True).click()
+    await page.wait_for_selector("h1 >> text=Ask a question")
+    await page.wait_for_selector("header button[title='API key']")
+    await view.go("docs")
+    await page.wait_for_selector("#key")
+    assert await page.input_value("#key") == secret
+    await page.goto(f"{site.url}/docs")
+    await page.wait_for_selector("details")
+    assert await page.locator("#key").is_hidden()
+    assert "Needs an API key." not in await page.inner_text("main")
 
 
 async def test_compare_with_another_gateway(visit: Open, site: Site) -> None:
