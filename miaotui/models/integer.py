@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,11 +30,23 @@ FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "re
 _ZERO = 128
 
 
+@cache
 def has_kernels() -> bool:
-    """Whether this build of torch has the integer products."""
-    return bool(torch.backends.mkldnn.is_available()) and hasattr(
+    """Whether this build of torch has the integer products, and this CPU computes them right.
+
+    CPUs without VNNI instructions add two products of codes in 16 bits, where large ones are cut
+    off: their results would be another model's.
+    """
+    if not torch.backends.mkldnn.is_available() or not hasattr(
         torch.ops.onednn, "qlinear_pointwise"
-    )
+    ):
+        return False
+    inputs, largest = 64, 127
+    module = Int8Linear(inputs, inputs, bias=False, static=False)
+    module.weight.fill_(largest)
+    codes = torch.full((1, inputs), 255, dtype=torch.uint8)
+    found = _Weights([module]).product(codes, 1.0, 0, None)
+    return bool((found == inputs * largest * 255).all())
 
 
 def to_codes(x: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
