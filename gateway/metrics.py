@@ -12,6 +12,10 @@ from gateway.live.counters import LiveCounters
 from gateway.live.lone import LoneSpans
 from gateway.live.traces import TraceRing
 from gateway.schema import Hop
+from miaotui.durations import Durations
+from miaotui.telemetry import metrics_exported
+
+_SCOPE = "miaotui.gateway"
 
 
 class GatewayMetrics:
@@ -21,9 +25,14 @@ class GatewayMetrics:
         """`traces`: where slow and failed requests are kept that were not sampled."""
         self.live = LiveCounters()
         self.lone = LoneSpans(traces or TraceRing(0))
-        meter = metrics.get_meter("miaotui.gateway")
-        self.request_duration = meter.create_histogram(
-            "http.server.request.duration", unit="s", description="HTTP requests by route, status"
+        meter = metrics.get_meter(_SCOPE)
+        exported = metrics_exported()
+        self.request_duration = Durations(
+            _SCOPE,
+            "http.server.request.duration",
+            *("http.request.method", "http.response.status_code", "http.route", "url.scheme"),
+            description="HTTP requests by route, status",
+            exported=exported,
         )
         self.active_requests = Level(
             meter,
@@ -41,8 +50,11 @@ class GatewayMetrics:
             "miaotui.gateway.questions_in_flight",
             description="Questions worked on now",
         )
-        self._hops = meter.create_histogram(
-            "miaotui.gateway.hop.duration", unit="s", description="Time per hop of a question"
+        self._hops = Durations(
+            _SCOPE,
+            *("miaotui.gateway.hop.duration", "hop"),
+            description="Time per hop of a question",
+            exported=exported,
         )
         self._retrievals = Counts(
             meter,
@@ -128,7 +140,7 @@ class GatewayMetrics:
     def hops(self, hops: Iterable[Hop]) -> None:
         """Records where a question's time went."""
         for hop in hops:
-            self._hops.record(hop.milliseconds / 1000, {"hop": hop.hop})
+            self._hops.record(hop.milliseconds / 1000, hop.hop)
 
     def retrieved(self, dense: str) -> None:
         """Counts a search; `dense`: "used", or why it went by words only."""

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 from opentelemetry import metrics, propagate, trace
 from opentelemetry.context import Context
-from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation, View
@@ -30,12 +29,8 @@ from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Tracer
 from opentelemetry.util.types import Attributes
 
 from miaotui import __version__
+from miaotui.durations import SECONDS_BUCKETS, ScrapedReader
 
-# Latencies here start at a fraction of a millisecond; the SDK's default buckets do not.
-SECONDS_BUCKETS = [
-    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.075),
-    *(0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0),
-]
 # Between exports to `Spans.exporter`; whoever looks at a trace has just made its request.
 _EXPORT_MILLISECONDS = 500.0
 
@@ -73,6 +68,11 @@ def _otlp_wanted(signal: str) -> bool:
         os.environ.get(name)
         for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT")
     )
+
+
+def metrics_exported() -> bool:
+    """Whether metrics are exported over OTLP, beside being there to be scraped."""
+    return _otlp_wanted("METRICS")
 
 
 def _tracer_provider(resource: Resource, spans: Spans | None) -> TracerProvider:
@@ -116,8 +116,8 @@ def setup_telemetry(service: str, *, instance: str = "", spans: Spans | None = N
     tracer_provider = _tracer_provider(resource, spans)
     trace.set_tracer_provider(tracer_provider)
 
-    readers: list[MetricReader] = [PrometheusMetricReader()]
-    if _otlp_wanted("METRICS"):
+    readers: list[MetricReader] = [ScrapedReader()]
+    if metrics_exported():
         from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 
         readers.append(PeriodicExportingMetricReader(OTLPMetricExporter()))

@@ -90,13 +90,7 @@ class RequestScope:
             if counted:
                 self._metrics.live.ended(seconds, failed=exchange.status >= 500)
             self._metrics.request_duration.record(
-                seconds,
-                {
-                    "http.request.method": method,
-                    "http.response.status_code": exchange.status,
-                    "http.route": self._route(scope),
-                    "url.scheme": scheme,
-                },
+                seconds, method, exchange.status, self._route(scope), scheme
             )
 
     async def _traced(
