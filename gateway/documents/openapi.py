@@ -143,13 +143,14 @@ def document_schemas(settings: GatewaySettings) -> Json:
     schemas["CollectionQuestion"]["properties"]["question"]["maxLength"] = longest
     schemas["SearchRequest"]["properties"]["query"]["maxLength"] = longest
     schemas["AddTextRequest"]["properties"]["text"]["maxLength"] = settings.max_document_characters
-    for name, parts in (
-        ("AnyQuestion", ("QaRequest", "CollectionQuestion")),
-        ("AnyAnswer", ("QaResponse", "CollectionAnswer")),
+    # An answer without candidates may be either: only questions are told apart by their fields.
+    for name, word, parts in (
+        ("AnyQuestion", "oneOf", ("QaRequest", "CollectionQuestion")),
+        ("AnyAnswer", "anyOf", ("QaResponse", "CollectionAnswer")),
     ):
         schemas[name] = {
             "description": "With a passage, or over a collection.",
-            "oneOf": [{"$ref": _REF.format(model=part)} for part in parts],
+            word: [{"$ref": _REF.format(model=part)} for part in parts],
         }
     return schemas
 

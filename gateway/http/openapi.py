@@ -158,9 +158,9 @@ def openapi_document(settings: GatewaySettings) -> Json:
                 "The results.",
                 {
                     "application/x-ndjson": {"schema": _ref("BatchLine")},
+                    # Without a type: some take it for the body's, others for an event's.
                     "text/event-stream": {
                         "schema": {
-                            "type": "string",
                             "description": 'Events "result" with a BatchLine as data, then "done".',
                         }
                     },

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.fuzz.contract import NAME
 from tests.fuzz.run import Run
 from tests.fuzz.services import running_services
 
@@ -17,17 +18,29 @@ async def fuzz(cases: int, seed: int, only: str, seconds: float) -> tuple[int, s
     """Runs the cases; returns an exit code, 1 where anything came that must not, and a report."""
     with tempfile.TemporaryDirectory(prefix="miaotui-fuzz-") as directory:
         async with running_services(Path(directory), writes=True) as (services, entries):
+            if only.startswith(NAME):
+                run = Run(services, [], seed)
+                operation = only.removeprefix(NAME).removeprefix(", ")
+                await run.check_contract(_examples(cases), only=operation)
+                return int(run.failed), run.report()
             name, _, number = only.rpartition(":")
             chosen = [e for e in entries if not only or e.name == (name or only)]
             if not chosen:
-                names = "\n".join(f"  {entry.name}" for entry in entries)
+                names = "\n".join(f"  {name}" for name in (*(e.name for e in entries), NAME))
                 return 2, f"there is no entry point {name or only!r}; there are\n{names}"
             run = Run(services, chosen, seed)
             plan = run.plan(cases)
             if name:
                 plan = [(chosen[0], int(number))]
             await run.run(plan, seconds)
+            if not only:
+                await run.check_contract(_examples(cases))
             return int(run.failed), run.report()
+
+
+def _examples(cases: int) -> int:
+    """Of each operation in each phase of Schemathesis that draws them: a tenth of all or so."""
+    return max(5, cases // 1000)
 
 
 def main() -> int:

@@ -7,8 +7,10 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 
 from tests.fuzz.cases import Entry, Finding, Tally, case_random
+from tests.fuzz.contract import NAME, PHASES, check
 from tests.fuzz.services import Services
 
 # Moderate: overload is not what is looked for.
@@ -55,6 +57,16 @@ class Run:
         await self._check()
         self.trouble += self._services.check_processes()
         self.seconds = time.monotonic() - started
+
+    async def check_contract(
+        self, examples: int, phases: Sequence[str] = PHASES, only: str = ""
+    ) -> None:
+        """Lets Schemathesis make its cases, see `check`; they count as the others do."""
+        started = time.monotonic()
+        work = partial(check, self._services.url, self._seed, examples, phases, only)
+        self.tallies |= await asyncio.to_thread(work)
+        self.trouble += self._services.check_processes()
+        self.seconds += time.monotonic() - started
 
     async def _work(self, waiting: object) -> None:
         for entry, number in waiting:  # type: ignore[attr-defined]
@@ -110,7 +122,9 @@ class Run:
             lines.append(f"| {name} | {before / 1e6:.0f} | {after / 1e6:.0f} |")
         for name, tally in self.tallies.items():
             for number, what in tally.findings:
-                lines += ["", f"FOUND by `--seed {self._seed} --only '{name}:{number}'`: {what}"]
+                # Schemathesis runs an operation's cases all or none.
+                entry = name if name.startswith(NAME) else f"{name}:{number}"
+                lines += ["", f"FOUND by `--seed {self._seed} --only '{entry}'`: {what}"]
         return "\n".join([*lines, *(f"\nTROUBLE: {what}" for what in self.trouble)])
 
     @property

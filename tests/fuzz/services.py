@@ -90,6 +90,11 @@ class Services:
         self._closing: list[RpcCases | FrameCases] = []
         self._resident: dict[str, int] = {}
 
+    @property
+    def url(self) -> str:
+        """The gateway's."""
+        return self._cluster.url
+
     async def entries(self, victims: dict[str, tuple[str, str]]) -> list[Entry]:
         """All of them; `victims`: host:port of both stages of rings that are sent wrong frames."""
         cluster = self._cluster

@@ -280,6 +280,22 @@ async def test_paths_and_methods(gateway: Gateway, line: str, status: int, slug:
 
 
 @pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/qa", {"POST"}),
+        ("/v1/documents", {"GET", "HEAD", "POST"}),
+        ("/v1/documents/x", {"GET", "HEAD", "DELETE"}),
+    ],
+)
+async def test_all_methods_of_a_path_are_named(
+    gateway: Gateway, path: str, allowed: set[str]
+) -> None:
+    response = await gateway.http.patch(path)
+    assert response.status_code == 405
+    assert set(response.headers["allow"].split(", ")) == allowed
+
+
+@pytest.mark.parametrize(
     "data", [b"\x00\x01\x02\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"hello\r\n\r\n"]
 )
 async def test_bytes_that_are_no_http(gateway: Gateway, data: bytes) -> None:

@@ -12,6 +12,8 @@ Json = dict[str, Any]
 
 _NUMBER: Json = {"type": "number"}
 _STRING: Json = {"type": "string"}
+# Without a type: some take it for the body's, others for an event's.
+EVENTS: Json = {"description": "Server-sent events."}
 
 
 class SoundRequest(BaseModel):
@@ -84,7 +86,7 @@ def audio_paths(settings: GatewaySettings, parameters: list[Json], errors: Json)
                             "text/plain": {"schema": _STRING},
                             "application/x-subrip": {"schema": _STRING},
                             "text/vtt": {"schema": _STRING},
-                            "text/event-stream": {"schema": _STRING},
+                            "text/event-stream": {"schema": EVENTS},
                         },
                     },
                     **errors,

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from gateway.http.openai.audio_schema import audio_paths, audio_schemas
+from gateway.http.openai.audio_schema import EVENTS, audio_paths, audio_schemas
 from gateway.http.openai.schema import ChatCompletionRequest, CompletionRequest
 from gateway.settings import GatewaySettings
 
@@ -116,7 +116,7 @@ def openai_paths(settings: GatewaySettings, headers: list[Json]) -> Json:
                         },
                         "content": {
                             "application/json": {"schema": _ref(whole)},
-                            "text/event-stream": {"schema": _STRING},
+                            "text/event-stream": {"schema": EVENTS},
                         },
                     },
                     **_errors(*every),
