@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
@@ -22,6 +22,7 @@ from gateway.cache.singleflight import SingleFlight
 from gateway.cache.stores import AnswerCache, PromptCache, StoredAnswer
 from gateway.calling import MARGIN_SECONDS, Background, call_id, retried, time_left
 from gateway.errors import GatewayError
+from gateway.explanation import WarningView
 from gateway.input_warnings import warnings_about
 from gateway.metrics import GatewayMetrics
 from gateway.models import ExtractivePair
@@ -82,7 +83,7 @@ class Clock:
         return [Hop(hop, round(seconds * 1000, 3)) for hop, seconds in hops.items()]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Job:
     """One request with what is known of it."""
 
@@ -258,7 +259,7 @@ class Pipeline:
             timings=clock.result(),
             trace_id=current_trace_id(),
             request_id=request_id,
-            warnings=warnings_about(request.question, request.context, stored.unknown, served),
+            warnings=_warnings(request, stored, served),
         )
 
     async def _shared(self, job: _Job, clock: Clock) -> tuple[StoredAnswer, CacheStatus]:
@@ -312,7 +313,8 @@ class Pipeline:
     async def _compute(self, job: _Job, clock: Clock) -> StoredAnswer:
         windows, passage = await self._encode(job, clock)
         logits = await self._infer(job, windows.windows, clock)
-        return await clock.timed("read", self._read(windows, passage, logits, job.request))
+        stored = await clock.timed("read", self._read(windows, passage, logits, job.request))
+        return replace(stored, warnings=_warnings(job.request, stored, job.served))
 
     async def _compute_all(self, jobs: Sequence[_Job], clock: Clock) -> list[StoredAnswer]:
         """The same for several passages, in one batch."""
@@ -420,6 +422,12 @@ class Pipeline:
     async def close(self) -> None:
         """Waits for cache writes that are under way."""
         await self._stores.finish()
+
+
+def _warnings(request: QaRequest, stored: StoredAnswer, served: Served) -> list[WarningView]:
+    if stored.warnings is not None:
+        return stored.warnings
+    return warnings_about(request.question, request.context, stored.unknown, served)
 
 
 class _RefusedPromptError(Exception):

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from gateway.access.caller import current_tenant
 from gateway.cache.backend import CacheBackend
 from gateway.cache.codec import Sealer
+from gateway.explanation import WarningView
 from gateway.metrics import GatewayMetrics
 from gateway.schema import QaRequest
 from miaotui.telemetry import span_within
@@ -35,13 +36,15 @@ class StoredSpan:
 class StoredAnswer:
     """What the answer cache keeps of an answer.
 
-    `unknown`: share of the tokens that the model's vocabulary lacks.
+    `unknown`: share of the tokens that the model's vocabulary lacks. `warnings`: about question
+    and passage, which are in the key; `None`: nobody has looked for any.
     """
 
     answerable: bool
     no_answer_score: float
     spans: list[StoredSpan]
     unknown: float = 0.0
+    warnings: list[WarningView] | None = None
 
 
 _STORED: TypeAdapter[StoredAnswer] = TypeAdapter(StoredAnswer)
@@ -64,13 +67,25 @@ class SealedStore:
         self._sealer = sealer
         self._metrics = metrics
         self._max_value_bytes = max_value_bytes
+        self._kind = name.encode()
+        self._spans = {
+            operation: (
+                f"{operation} {name} cache",
+                {
+                    "db.system.name": backend.system,
+                    "db.operation.name": operation,
+                    "db.namespace": name,
+                },
+            )
+            for operation in ("GET", "SET")
+        }
 
     def key(self, *parts: str | bytes) -> bytes:
         """The key for what the parts, in their order, identify, apart for each tenant.
 
         Who shares the work of an equal request in flight finds it by this key, too.
         """
-        return self._sealer.key(self._name.encode(), current_tenant(), *parts)
+        return self._sealer.key(self._kind, current_tenant(), *parts)
 
     def salt(self) -> bytes:
         """What keeps the current tenant's share of caches elsewhere apart; empty without one."""
@@ -99,16 +114,8 @@ class SealedStore:
                 await self.backend.put(key, self._sealer.wrap(key, payload))
 
     def _span(self, operation: str) -> AbstractContextManager[Span]:
-        return span_within(
-            _tracer,
-            f"{operation} {self._name} cache",
-            kind=SpanKind.CLIENT,
-            attributes={
-                "db.system.name": self.backend.system,
-                "db.operation.name": operation,
-                "db.namespace": self._name,
-            },
-        )
+        name, attributes = self._spans[operation]
+        return span_within(_tracer, name, kind=SpanKind.CLIENT, attributes=attributes)
 
 
 class AnswerCache:
@@ -133,7 +140,7 @@ class AnswerCache:
         if payload is None:
             return None
         try:
-            stored = _STORED.validate_json(payload)
+            stored = _STORED.validator.validate_json(payload)
         except ValidationError:
             self.store.found(False)
             return None

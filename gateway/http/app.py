@@ -79,7 +79,7 @@ class HttpApi:
         question = parse_request(body, self._settings)
         work = self._desk.answer(question, request_id(request), timeout)
         answer = await unless_gone(request.receive, work)
-        return json_response(QA_RESPONSE.dump_json(answer))
+        return json_response(QA_RESPONSE.serializer.to_json(answer))
 
     async def ask_batch(self, request: Request) -> Response:
         """POST /v1/qa/batch"""

@@ -12,6 +12,7 @@ from starlette.types import Receive
 
 from gateway.begun import within
 from gateway.errors import GatewayError
+from gateway.http.exchange import header
 from gateway.settings import GatewaySettings
 
 # A client that is still sending cannot read its refusal, and a reset would lose it: so
@@ -27,14 +28,15 @@ async def read_json(request: Request, settings: GatewaySettings) -> Any:
 
 
 def _check_type(request: Request) -> None:
-    media_type, *parameters = request.headers.get("content-type", "").lower().split(";")
+    media_type, *parameters = (header(request, b"content-type") or "").lower().split(";")
     if media_type.strip() != "application/json":
         raise GatewayError("unsupported-media-type", "The body must be JSON.")
     for parameter in parameters:
         name, _, value = parameter.strip().partition("=")
         if name == "charset" and value.strip('"') not in ("utf-8", "utf8"):
             raise GatewayError("unsupported-media-type", "The body must be in UTF-8.")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    encoding = header(request, b"content-encoding")
+    if encoding is not None and encoding.lower() != "identity":
         raise GatewayError("unsupported-media-type", "The body must not be compressed.")
 
 
@@ -95,7 +97,7 @@ async def limited(request: Request, settings: GatewaySettings) -> AsyncGenerator
 
 
 async def _check_declared(request: Request, limit: int) -> None:
-    declared = request.headers.get("content-length", "")
+    declared = header(request, b"content-length") or ""
     if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit):
         # With "Expect: 100-continue" nothing has been sent yet, nor need it be.
         if "expect" not in request.headers:

@@ -26,6 +26,14 @@ def request_id(request: Request) -> str:
     return str(request.scope["state"]["request_id"])
 
 
+def header(request: Request, name: bytes) -> str | None:
+    """The first header of this name (in lower case), without Starlette's case-blind mapping."""
+    for known, value in request.scope["headers"]:
+        if known == name:
+            return str(value, "latin-1")
+    return None
+
+
 class _JsonBody(Response):
     """Knows most of its headers beforehand."""
 
@@ -44,7 +52,7 @@ def json_response(body: bytes, headers: Mapping[str, str] | None = None) -> Resp
 
 def timeout_given(request: Request, longest: float) -> float | None:
     """The caller's X-Request-Timeout in seconds. Raises `GatewayError` (invalid-header)."""
-    given = request.headers.get("x-request-timeout")
+    given = header(request, b"x-request-timeout")
     if given is None:
         return None
     seconds = math.nan

@@ -38,6 +38,7 @@ _UNTRACED = frozenset({"/healthz", "/readyz", "/metrics", "/v1/live"})
 # The page's files are not requests for an answer, nor is looking at traces.
 _UNTRACED_BELOW = ("/web/", "/v1/traces")
 _API = "/v1/"
+_TRACE_HEADERS = ((b"traceparent", "traceparent"), (b"tracestate", "tracestate"))
 _SECURITY = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -102,9 +103,7 @@ class RequestScope:
         method: str,
     ) -> None:
         carrier = {
-            name: headers[name.encode()].decode("latin-1")
-            for name in ("traceparent", "tracestate")
-            if name.encode() in headers
+            name: headers[key].decode("latin-1") for key, name in _TRACE_HEADERS if key in headers
         }
         attributes: dict[str, Any] = {
             "http.request.method": method,

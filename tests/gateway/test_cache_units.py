@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from gateway.cache.breaker import Breaker
 from gateway.cache.codec import Sealer
 from gateway.cache.singleflight import SingleFlight
 from gateway.cache.stores import AnswerCache, PromptCache, SealedStore, StoredAnswer, StoredSpan
+from gateway.explanation import WarningView
 from gateway.schema import QaRequest
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 from tests.gateway.conftest import until
@@ -38,6 +40,26 @@ def make_store(
 
 
 ANSWER = StoredAnswer(True, -3.5, [StoredSpan(3, 7, 0.75, 11.0)])
+WARNING = WarningView("repetition", "The passage repeats itself.", 0.75)
+
+
+@pytest.mark.parametrize("warnings", [None, [], [WARNING]])
+async def test_warnings_are_kept_with_the_answer(warnings: list[WarningView] | None) -> None:
+    cache = AnswerCache(make_store("answer", EmbeddedBackend(10_000, 60), Counted()))
+    key = cache.key("model", REQUEST)
+    await cache.put(key, replace(ANSWER, warnings=warnings))
+    found = await cache.get(key, REQUEST)
+    assert found is not None
+    assert found.warnings == warnings
+
+
+async def test_an_answer_that_an_older_gateway_kept_is_found() -> None:
+    cache = AnswerCache(make_store("answer", EmbeddedBackend(10_000, 60), Counted()))
+    key = cache.key("model", REQUEST)
+    span = '{"start":3,"end":7,"score":0.75,"logit":11.0}'
+    older = f'{{"answerable":true,"no_answer_score":-3.5,"spans":[{span}],"unknown":0.0}}'
+    await cache.store.write(key, older.encode())
+    assert await cache.get(key, REQUEST) == ANSWER
 
 
 async def test_answer_is_kept_and_found() -> None:
