@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol, TypeAlias
 
 import grpc
@@ -17,6 +18,7 @@ from grpc import aio
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.util.types import Attributes
 
 from miaotui.telemetry import extract_context
 
@@ -136,20 +138,23 @@ def _wrap(name: str, handler: Handler, counters: CallCounters | None) -> Handler
 def start_server_span(name: str, context: Any) -> Span:
     """A server span within the caller's trace; `name` is "package.Service/Method"."""
     carrier = {key: value for key, value in context.invocation_metadata() if key in _HEADERS}
-    service, _, method = name.partition("/")
     return _tracer.start_span(
-        name,
-        context=extract_context(carrier),
-        kind=SpanKind.SERVER,
-        attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": method},
+        name, context=extract_context(carrier), kind=SpanKind.SERVER, attributes=_attributes(name)
     )
+
+
+@cache
+def _attributes(name: str) -> Attributes:
+    service, _, method = name.partition("/")
+    return {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
 
 
 def end_server_span(span: Span, code: grpc.StatusCode) -> None:
     """Ends a server span with the call's status."""
-    span.set_attribute("rpc.grpc.status_code", code.value[0])
-    if code is not grpc.StatusCode.OK:
-        span.set_status(Status(StatusCode.ERROR, code.name))
+    if span.is_recording():
+        span.set_attribute("rpc.grpc.status_code", code.value[0])
+        if code is not grpc.StatusCode.OK:
+            span.set_status(Status(StatusCode.ERROR, code.name))
     span.end()
 
 
