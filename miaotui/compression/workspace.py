@@ -31,10 +31,12 @@ from miaotui.models.compressed import (
     is_quantized,
 )
 from miaotui.models.families import ExtractiveFamily, Skeleton
+from miaotui.models.filling import fill_skeleton
 from miaotui.models.fingerprint import CACHE_FILE
 from miaotui.models.fused import Layer, LayerParts, encoder_layers, layer_parts
 from miaotui.models.layers import LayerRange
-from miaotui.models.stage import StageBatch, fill_skeleton, inspect_model
+from miaotui.models.stage import StageBatch
+from miaotui.models.stage_info import inspect_model
 
 # Linears of a layer, by the names of `LayerParts`.
 LINEARS = ("query", "key", "value", "attention_out", "up", "down")

@@ -18,9 +18,9 @@ from miaotui.engine.decode.types import DecodeSlice, TokenIds
 from miaotui.engine.observe import StageObserver
 from miaotui.engine.scheduler import Job
 from miaotui.engine.worker import ComputeWorker
-from miaotui.models.decoder_stage import DecoderBatch
 from miaotui.models.errors import BatchError
 from miaotui.models.stage import StageBatch
+from miaotui.models.writing_stage import DecoderBatch
 
 log = logging.getLogger(__name__)
 

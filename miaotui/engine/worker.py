@@ -27,7 +27,7 @@ class WorkerClosedError(Exception):
 
 
 class Model(Protocol):
-    """What a worker computes with: `StageModel` or `DecoderStageModel` of `miaotui.models`."""
+    """What a worker computes with: a stage that `miaotui.models.loading` loads."""
 
     def run(self, batch: Any, /) -> Any:
         """Return the stage's output for a batch of the model's kind."""

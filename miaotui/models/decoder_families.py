@@ -8,7 +8,7 @@ only the head reads the embedding table for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,12 @@ _HEAD = "lm_head"
 # keys in the cache would have to be computed again as it grows.
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
+Rotation = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _unchanged(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return cos, sin
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderSkeleton:
@@ -37,7 +43,8 @@ class DecoderSkeleton:
     `embedding` and `positions` (a table of learnt positions, where the family has one) are
     there on the first stage only, `norm` and `head` on the last only. `rotary` is not on the
     meta device: it computes its frequencies and loads none. `layer_types` are the layers' kinds
-    where rotary frequencies differ by kind, else empty.
+    where rotary frequencies differ by kind, else empty. `rotation` makes of `rotary`'s cosines
+    and sines, [1, tokens, head_dim] each, what the layers take.
     """
 
     root: nn.Module
@@ -48,6 +55,12 @@ class DecoderSkeleton:
     layer_types: tuple[str, ...]
     norm: nn.Module | None
     head: nn.Module | None
+    rotation: Rotation = _unchanged
+
+    @property
+    def decoder_layers(self) -> tuple[nn.Module, ...]:
+        """The layers that keep keys and values: all."""
+        return self.layers
 
     @property
     def float32(self) -> nn.Module | None:

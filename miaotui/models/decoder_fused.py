@@ -17,6 +17,7 @@ The layers themselves (residuals, order of the norms) stay transformers' own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -183,18 +184,25 @@ def rotation(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.
     return cos[0][:, None], signed[0][:, None]
 
 
-def fuse(skeleton: DecoderSkeleton) -> None:
-    """Put the stand-ins in place of a loaded stage's modules."""
+def fuse(skeleton: DecoderSkeleton) -> DecoderSkeleton:
+    """Return a loaded stage's modules with the stand-ins in place; changes those given."""
     for layer in skeleton.layers:
         _fuse_children(layer, skeleton.root.config)
+    if skeleton.head is None or skeleton.norm is None:
+        return replace(skeleton, rotation=rotation)
+    shared = skeleton.embedding is not None and (skeleton.embedding.weight is skeleton.head.weight)
+    head = _fused_head(skeleton.head, shared=shared)
+    # What is packed is copied: the plain weight must not stay beside it.
+    skeleton.root.lm_head = head
+    return replace(skeleton, rotation=rotation, head=head, norm=_fused_norm(skeleton.norm))
 
 
-def fused_head(head: Any, *, shared: bool) -> nn.Module:
+def _fused_head(head: Any, *, shared: bool) -> nn.Module:
     """Return the stand-in for a language-model head; `shared`: with the embedding table."""
     return PlainLinear(head.weight, head.bias) if shared else _linear(head)
 
 
-def fused_norm(norm: nn.Module) -> nn.Module:
+def _fused_norm(norm: nn.Module) -> nn.Module:
     """Return the stand-in for a norm; layer norms are in one call already."""
     return norm if isinstance(norm, nn.LayerNorm) else _norm(norm)
 
@@ -211,7 +219,7 @@ def _fuse_children(layer: nn.Module, config: Any) -> None:
             child.c_proj = _Batched(_linear(child.c_proj))
             continue
         else:
-            made = fused_norm(child)
+            made = _fused_norm(child)
         setattr(layer, name, made)
 
 

@@ -43,8 +43,8 @@ def load_stage(
 ) -> StageModel | DecoderStageModel | Seq2SeqStageModel:
     """Read a stage of the kind that the model's family is.
 
-    Arguments and errors are those of `StageModel.load`, `DecoderStageModel.load` and
-    `Seq2SeqStageModel.load`; those about the KV cache do not matter for extractive models.
+    Arguments and errors are those of `StageModel.load` and `WritingStage.load`; those about the
+    KV cache do not matter for extractive models.
     """
     directory = Path(directory)
     family = find_family(read_config(directory).get("model_type"), directory, task)

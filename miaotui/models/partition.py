@@ -23,7 +23,7 @@ from miaotui.models.families import Family
 from miaotui.models.layers import LayerRange
 from miaotui.models.precision import resolve_device, resolve_dtype
 from miaotui.models.shape import Task
-from miaotui.models.stage import inspect_model, parameter_bytes
+from miaotui.models.stage_info import inspect_model, parameter_bytes
 
 __all__ = [
     "LayerRange",

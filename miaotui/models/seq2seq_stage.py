@@ -10,40 +10,23 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from miaotui.engine.decode.grammar import Grammars
 from miaotui.engine.decode.sampler import Sampler
-from miaotui.engine.decode.suppression import Suppression
 from miaotui.engine.decode.types import DecodeSlice, SampledTokens, SamplingParams, SequenceStart
-from miaotui.models.checkpoint import Checkpoint
 from miaotui.models.cross_attention import CrossAttention, SourceLayout, SourceReader
-from miaotui.models.decoder_stage import DecoderBatch, begin_sampling, fill_root
 from miaotui.models.errors import BatchError, UnsupportedModelError
-from miaotui.models.kv_cache import KVCache, count_blocks
-from miaotui.models.layers import LayerRange
-from miaotui.models.memory import trim_heap
-from miaotui.models.paged_attention import COPIED_ROW_TOKENS, ROW_TOKENS, Paged, reads_in_place
+from miaotui.models.families import Family
+from miaotui.models.kv_cache import KVCache
+from miaotui.models.paged_attention import Paged
 from miaotui.models.paged_layout import PagedLayout
-from miaotui.models.precision import resolve_device, resolve_dtype
 from miaotui.models.seq2seq_families import Seq2SeqFamily
 from miaotui.models.seq2seq_skeleton import Seq2SeqSkeleton
 from miaotui.models.shape import ModelShape
-from miaotui.models.stage import (
-    StageInfo,
-    accept_hidden,
-    accept_ids,
-    held_layers,
-    inspect_model,
-    parameter_bytes,
-)
-
-# A stage of encoder layers alone keeps no keys and values: others bound their number.
-_UNBOUNDED_BLOCKS = 1 << 20
-
-# The id of the sequence that warms up; the head's count from 0.
-_WARM_UP_ID = -1
+from miaotui.models.stage import accept_hidden, accept_ids
+from miaotui.models.stage_info import StageInfo
+from miaotui.models.writing_stage import WARM_UP_ID, DecoderBatch, WritingStage
 
 
-class Seq2SeqStageModel:
+class Seq2SeqStageModel(WritingStage[Seq2SeqSkeleton]):
     """The modules of one stage and its KV cache. Use from one thread at a time.
 
     What travels between stages, [rows, hidden_size]: of each sequence that begins, in the order
@@ -60,18 +43,10 @@ class Seq2SeqStageModel:
         sampler: Sampler | None,
     ) -> None:
         """Take loaded modules; use `load` instead."""
+        super().__init__(skeleton, shape, info, cache, sampler)
         assert shape.source is not None
-        self.info = info
-        self.shape = shape
-        self.cache = cache
         self._source = shape.source
-        self._skeleton = skeleton
-        self._sampler = sampler
-        self._device = torch.device(info.device)
-        self._dtype: torch.dtype = getattr(torch, info.dtype)
         self._source_blocks = -(-self._source.rows // info.kv_block_tokens)
-        in_place = reads_in_place(self._dtype, self._device)
-        self._row_tokens = ROW_TOKENS if in_place else COPIED_ROW_TOKENS
         self._reader = SourceReader()
         for index, layer in enumerate(skeleton.decoder_layers):
             attention = getattr(layer, skeleton.cross)
@@ -79,76 +54,12 @@ class Seq2SeqStageModel:
             setattr(layer, skeleton.cross, CrossAttention(attention, keys, values, self._reader))
 
     @classmethod
-    def load(
-        cls,
-        directory: Path | str,
-        layers: LayerRange | None = None,
-        *,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "auto",
-        fingerprint: str | None = None,
-        kv_cache_bytes: int | None = None,
-        kv_block_tokens: int = 16,
-        kv_sharers: int = 1,
-    ) -> Seq2SeqStageModel:
-        """Read a stage from a Hugging Face model directory: its own tensors and no others.
-
-        Arguments and errors are those of `DecoderStageModel.load`; `layers` count the encoder's
-        and then the decoder's.
-        """
-        directory = Path(directory)
-        if kv_block_tokens < 1:
-            raise ValueError(f"kv_block_tokens is {kv_block_tokens}; it must be at least 1")
-        target = resolve_device(device)
-        compute = resolve_dtype(dtype, target)
-        checkpoint = Checkpoint.open(directory)
-        family, config, shape = inspect_model(checkpoint)
-        if not isinstance(family, Seq2SeqFamily):
-            raise UnsupportedModelError(
-                f"{directory}: a {family.model_type} model has no encoder beside a decoder"
-            )
-        layers = held_layers(directory, layers, shape)
-        skeleton = family.skeleton(config, layers)
-        size = parameter_bytes(skeleton, compute)
-        sources = family.sources(skeleton, checkpoint)
-        fill_root(skeleton.root, sources, checkpoint, compute, target)
-        held = len(skeleton.decoder_layers)
-        blocks = _UNBOUNDED_BLOCKS
-        if held:
-            blocks = count_blocks(
-                _with_source(shape, kv_block_tokens),
-                held,
-                kv_block_tokens,
-                compute,
-                target,
-                kv_cache_bytes,
-                kv_sharers,
-            )
-        whole = family.skeleton(config, LayerRange(0, shape.layers))
-        info = StageInfo.of(
-            directory,
-            layers,
-            shape,
-            compute,
-            target,
-            fingerprint=fingerprint,
-            parameter_bytes=size,
-            model_parameter_bytes=parameter_bytes(whole, compute),
-            kv_blocks=blocks,
-            kv_block_tokens=kv_block_tokens,
+    def _family(cls, found: Family, directory: Path) -> Seq2SeqFamily:
+        if isinstance(found, Seq2SeqFamily):
+            return found
+        raise UnsupportedModelError(
+            f"{directory}: a {found.model_type} model has no encoder beside a decoder"
         )
-        cache = KVCache(shape, held, blocks, kv_block_tokens, compute, target)
-        sampler = None
-        if info.is_last:
-            sampler = Sampler(
-                shape.vocab_size,
-                target,
-                Grammars(directory, shape.vocab_size),
-                Suppression.read(directory, shape.vocab_size, target),
-            )
-        stage = cls(skeleton, shape, info, cache, sampler)
-        trim_heap()
-        return stage
 
     @torch.inference_mode()
     def run(self, batch: DecoderBatch) -> torch.Tensor | list[SampledTokens]:
@@ -163,8 +74,7 @@ class Seq2SeqStageModel:
         Raises:
             BatchError: the batch does not fit this stage.
         """
-        if self._sampler is not None:
-            self._sampler.release(batch.released)
+        self._release(batch.released)
         self._check(batch)
         rows, hidden = self._inputs(batch)
         if rows is not None:
@@ -187,7 +97,7 @@ class Seq2SeqStageModel:
         begin = SequenceStart(SamplingParams(), none, none, features)
         for start in range(min(2, self.info.kv_block_tokens, self.info.max_sequence_length)):
             item = DecodeSlice(
-                _WARM_UP_ID,
+                WARM_UP_ID,
                 start,
                 blocks,
                 samples=1,
@@ -199,24 +109,7 @@ class Seq2SeqStageModel:
                 rows = self._incoming_rows([item], 1)
                 hidden = torch.zeros(rows, self.info.hidden_size)
             self.run(DecoderBatch([1], [item], hidden=hidden))
-        if self._sampler is not None:
-            self._sampler.release([_WARM_UP_ID])
-
-    @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits [rows, vocab_size] of the decoder's activations [rows, width].
-
-        Raises:
-            BatchError: not the last stage.
-        """
-        if self._skeleton.head is None or self._skeleton.norm is None:
-            raise BatchError(f"the stage of layers {self._range} has no head")
-        logits: torch.Tensor = self._skeleton.head(self._skeleton.norm(hidden))
-        return logits.to(torch.float32)
-
-    @property
-    def _range(self) -> LayerRange:
-        return LayerRange(self.info.first_layer, self.info.end_layer)
+        self._release([WARM_UP_ID])
 
     def _check(self, batch: DecoderBatch) -> None:
         if len(batch.lengths) != len(batch.slices) or not batch.slices:
@@ -321,19 +214,3 @@ class Seq2SeqStageModel:
             return torch.zeros(0, width, dtype=self._dtype, device=self._device)
         padded = [pad(part, (0, width - part.shape[1])) for part in parts]
         return padded[0] if len(padded) == 1 else torch.cat(padded)
-
-    def _sample(
-        self, sampler: Sampler, hidden: torch.Tensor, batch: DecoderBatch, layout: PagedLayout
-    ) -> list[SampledTokens]:
-        rows, places = begin_sampling(sampler, batch, layout)
-        if not rows:
-            return []
-        picked = hidden[torch.tensor(places, device=self._device)]
-        return sampler.sample(self.logits(picked), rows)
-
-
-def _with_source(shape: ModelShape, block_tokens: int) -> ModelShape:
-    """The shape of a decoder whose texts are longer by the blocks of the encoder's rows."""
-    assert shape.source is not None
-    rows = -(-shape.source.rows // block_tokens) * block_tokens
-    return replace(shape, max_sequence_length=shape.max_sequence_length + rows)

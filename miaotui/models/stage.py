@@ -1,108 +1,26 @@
-"""One stage of a model: embeddings if it is the first, a range of layers, head if the last."""
+"""One stage of an encoder: embeddings if it is the first, layers, head if the last."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from miaotui.models.attention import PackedSequences
 from miaotui.models.checkpoint import Checkpoint
-from miaotui.models.compressed import compressed_modules, is_quantized
-from miaotui.models.errors import BatchError, PartitionError, UnsupportedModelError
-from miaotui.models.families import (
-    ExtractiveFamily,
-    Family,
-    MeanPooling,
-    Skeleton,
-    StageSkeleton,
-    build_config,
-    find_family,
-)
-from miaotui.models.fingerprint import model_fingerprint
+from miaotui.models.compressed import is_quantized
+from miaotui.models.errors import BatchError, UnsupportedModelError
+from miaotui.models.families import ExtractiveFamily, MeanPooling, Skeleton
+from miaotui.models.filling import fill_skeleton
 from miaotui.models.fused import encoder_layers, takes_round_rows
 from miaotui.models.layers import LayerRange
 from miaotui.models.memory import trim_heap
 from miaotui.models.packed import MOST_ROWS, rounded_rows
-from miaotui.models.precision import dtype_name, resolve_device, resolve_dtype
-from miaotui.models.shape import ModelKind, ModelShape, SourceShape, Task
-
-
-@dataclass(frozen=True, slots=True)
-class StageInfo:
-    """Who a stage is and what it holds. Bytes count parameters in the compute dtype.
-
-    `kv_blocks` and `kv_block_tokens`, its KV cache's blocks and the tokens of each, are 0 for
-    extractive models, which keep nothing. `source` is there of encoder-decoder models.
-    """
-
-    first_layer: int
-    end_layer: int
-    model_layers: int
-    hidden_size: int
-    vocab_size: int
-    max_sequence_length: int
-    model_type: str
-    model_name: str
-    fingerprint: str
-    parameter_bytes: int
-    model_parameter_bytes: int
-    dtype: str
-    device: str
-    kind: ModelKind = "extractive"
-    kv_blocks: int = 0
-    kv_block_tokens: int = 0
-    source: SourceShape | None = None
-
-    @classmethod
-    def of(
-        cls,
-        directory: Path,
-        layers: LayerRange,
-        shape: ModelShape,
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        fingerprint: str | None,
-        parameter_bytes: int,
-        model_parameter_bytes: int,
-        kv_blocks: int = 0,
-        kv_block_tokens: int = 0,
-    ) -> StageInfo:
-        """Describe the stage that holds these layers; `fingerprint`: None: found out."""
-        return cls(
-            first_layer=layers.first,
-            end_layer=layers.end,
-            model_layers=shape.layers,
-            hidden_size=shape.hidden_size,
-            vocab_size=shape.vocab_size,
-            max_sequence_length=shape.max_sequence_length,
-            model_type=shape.model_type,
-            model_name=directory.resolve().name,
-            fingerprint=fingerprint or model_fingerprint(directory),
-            parameter_bytes=parameter_bytes,
-            model_parameter_bytes=model_parameter_bytes,
-            dtype=dtype_name(dtype),
-            device=str(device),
-            kind=shape.kind,
-            kv_blocks=kv_blocks,
-            kv_block_tokens=kv_block_tokens,
-            source=shape.source,
-        )
-
-    @property
-    def is_first(self) -> bool:
-        """Whether the stage embeds what the model reads first: token ids, or features."""
-        return self.first_layer == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the stage returns span logits, or tokens."""
-        return self.end_layer == self.model_layers
+from miaotui.models.precision import resolve_device, resolve_dtype
+from miaotui.models.shape import ModelShape, Task
+from miaotui.models.stage_info import StageInfo, held_layers, inspect_model, parameter_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,35 +266,6 @@ class StageModel:
         return logits
 
 
-def inspect_model(checkpoint: Checkpoint, task: Task = "auto") -> tuple[Family, Any, ModelShape]:
-    """Return a checkpoint's family, transformers' configuration, and dimensions.
-
-    Raises:
-        UnsupportedModelError: not a family or head that can be served.
-        CheckpointError: the configuration is not valid.
-    """
-    family = find_family(checkpoint.config.get("model_type"), checkpoint.directory, task)
-    family.check(checkpoint)
-    config = build_config(checkpoint.config, checkpoint.directory)
-    return family, config, family.shape(config)
-
-
-def held_layers(directory: Path, layers: LayerRange | None, shape: ModelShape) -> LayerRange:
-    """Return the layers asked for; all where that is None.
-
-    Raises:
-        PartitionError: the model has no such layers.
-    """
-    if layers is None:
-        return LayerRange(0, shape.layers)
-    if layers.end > shape.layers:
-        raise PartitionError(
-            f"{directory}: layers {layers} asked for, the model has {shape.layers} "
-            f"(0-{shape.layers})"
-        )
-    return layers
-
-
 def accept_ids(
     ids: torch.Tensor, name: str, size: int, tokens: int, device: torch.device
 ) -> torch.Tensor:
@@ -411,45 +300,3 @@ def accept_hidden(
             f"hidden has shape {list(hidden.shape)}; lengths and model call for {list(expected)}"
         )
     return hidden.to(device=device, dtype=dtype)
-
-
-def parameter_bytes(skeleton: StageSkeleton, dtype: torch.dtype) -> int:
-    """Return the bytes of a stage's parameters in `dtype`; a span head in float32.
-
-    Of a compressed checkpoint, the bytes that its codes and scales take in memory, too.
-    """
-    head = skeleton.float32
-    total = sum(parameter.numel() for parameter in skeleton.root.parameters())
-    in_head = 0 if head is None else sum(parameter.numel() for parameter in head.parameters())
-    codes = sum(module.resident_bytes() for _, module in compressed_modules(skeleton.root))
-    return (total - in_head) * dtype.itemsize + in_head * torch.float32.itemsize + codes
-
-
-def fill_skeleton(
-    skeleton: Skeleton, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Read the skeleton's tensors in place of its meta ones."""
-    head = set() if skeleton.head is None else {id(p) for p in skeleton.head.parameters()}
-    body_shapes: dict[str, tuple[int, ...]] = {}
-    head_shapes: dict[str, tuple[int, ...]] = {}
-    for name, parameter in skeleton.root.named_parameters():
-        shapes = head_shapes if id(parameter) in head else body_shapes
-        shapes[name] = tuple(parameter.shape)
-    state = checkpoint.read(body_shapes, dtype, device)
-    state |= checkpoint.read(head_shapes, torch.float32, device)
-    codes = {
-        f"{prefix}.{name}": buffer
-        for prefix, module in compressed_modules(skeleton.root)
-        for name, buffer in module.named_buffers(recurse=False)
-    }
-    state |= checkpoint.read_stored(codes, device)
-    skeleton.root.load_state_dict(state, assign=True)
-    skeleton.root.requires_grad_(False)
-    check_materialised(skeleton.root)
-
-
-def check_materialised(root: nn.Module) -> None:
-    """Assert that no tensor of a stage was forgotten, whether or not checkpoints hold it."""
-    tensors = [*root.named_parameters(), *root.named_buffers()]
-    left = [name for name, tensor in tensors if tensor.is_meta]
-    assert not left, f"tensors were not loaded: {left}"

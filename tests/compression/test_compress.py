@@ -322,7 +322,7 @@ def test_malformed_block(model: Path, tmp_path: Path) -> None:
 
 
 def _skeleton(directory: Path) -> torch.nn.Module:
-    from miaotui.models.stage import inspect_model
+    from miaotui.models.stage_info import inspect_model
 
     family, config, shape = inspect_model(Checkpoint.open(directory))
     return family.skeleton(config, LayerRange(0, shape.layers)).root

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from miaotui.engine.decode.types import DecodeSlice, SampledTokens, SamplingParams, SequenceStart
-from miaotui.models.decoder_stage import DecoderBatch, DecoderStageModel
+from miaotui.models.decoder_stage import DecoderStageModel
 from miaotui.models.layers import LayerRange
+from miaotui.models.writing_stage import DecoderBatch
 
 BLOCK = 8
 NONE = np.zeros(0, np.int32)

@@ -12,7 +12,8 @@ import torch
 
 from miaotui.engine.decode.types import SamplingParams
 from miaotui.models import packed
-from miaotui.models.decoder_stage import DecoderBatch, DecoderStageModel
+from miaotui.models.decoder_stage import DecoderStageModel
+from miaotui.models.writing_stage import DecoderBatch
 from tests.decoder_checkpoints import DECODER_FAMILIES, make_decoder
 from tests.models.decoding import (
     BLOCK,

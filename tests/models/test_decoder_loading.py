@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from miaotui.engine.decode.types import DecodeSlice, SamplingParams, SequenceStart
 from miaotui.models.costs import estimate_costs, measure_costs
-from miaotui.models.decoder_stage import DecoderBatch, DecoderStageModel
+from miaotui.models.decoder_stage import DecoderStageModel
 from miaotui.models.errors import (
     BatchError,
     CheckpointError,
@@ -31,6 +31,7 @@ from miaotui.models.layers import LayerRange
 from miaotui.models.loading import load_stage, model_kind
 from miaotui.models.partition import plan_stages
 from miaotui.models.stage import StageModel
+from miaotui.models.writing_stage import DecoderBatch
 from tests.checkpoints import make_checkpoint
 from tests.decoder_checkpoints import (
     DECODER_FAMILIES,

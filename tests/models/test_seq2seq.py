@@ -15,7 +15,6 @@ from rich.console import Console
 from miaotui.cli.planning import make_plan, show_plan
 from miaotui.engine.decode.suppression import Suppression
 from miaotui.engine.decode.types import DecodeSlice, SampledTokens, SamplingParams, SequenceStart
-from miaotui.models.decoder_stage import DecoderBatch
 from miaotui.models.errors import (
     BatchError,
     CheckpointError,
@@ -26,6 +25,7 @@ from miaotui.models.layers import LayerRange
 from miaotui.models.loading import load_stage
 from miaotui.models.partition import plan_stages
 from miaotui.models.seq2seq_stage import Seq2SeqStageModel
+from miaotui.models.writing_stage import DecoderBatch
 from tests.seq2seq_checkpoints import (
     BEGIN_SUPPRESSED,
     SEQ2SEQ_FAMILIES,
