@@ -18,6 +18,7 @@ from gateway.calling import MARGIN_SECONDS
 from gateway.errors import GatewayError
 from gateway.replicas import LOOK_SECONDS, Replica, Replicas
 from gateway.stages import StageReplica, stage_replicas
+from miaotui.media.languages import Language
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import shard_pb2_grpc, tokenizer_pb2_grpc
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
@@ -42,15 +43,6 @@ WRITING_ROLES: frozenset[Role] = frozenset(("generative", "transcribing", "capti
 UNREADY_POLL_SECONDS = 0.25
 # So many looks in a row that are not answered in time are a hang, where others answer.
 HUNG_LOOKS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Language:
-    """A language that a model hears: "en", "english", and the token that names it."""
-
-    code: str
-    name: str
-    token: int
 
 
 @dataclass(frozen=True, slots=True)

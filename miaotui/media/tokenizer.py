@@ -12,31 +12,22 @@ import numpy as np
 
 from miaotui.media.errors import MediaError
 from miaotui.media.features import FeatureExtractor, MediaLimits, load_extractor, modality_of
+from miaotui.media.languages import Language, known_languages
 from miaotui.text.alignment import IntArray
+from miaotui.text.directory import (
+    context_length,
+    load_fast_tokenizer,
+    read_generation_config,
+    read_model_config,
+    stop_ids,
+)
 from miaotui.text.errors import ModelDirectoryError
-from miaotui.text.prompts import read_generation_config, stop_ids
-from miaotui.text.tokenizer import load_fast_tokenizer, read_model_config
 
 # As many as `generate` of transformers writes where a captioner's makers say nothing.
 _CAPTION_TOKENS = 20
 # OpenAI's multilingual vocabularies have so many entries at least.
 _MULTILINGUAL_TOKENS = 51_865
 _TIMESTAMP = re.compile(r"<\|\d+\.\d\d\|>")
-_CONTEXT_NAMES = (
-    "max_target_positions",
-    "max_position_embeddings",
-    "n_positions",
-    "n_ctx",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Language:
-    """A language that is spoken: "en", "english", and the token that names it."""
-
-    code: str
-    name: str
-    token: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +63,7 @@ class MediaTokenizer:
         self.backend.encode_special_tokens = True
         vocabulary: dict[str, int] = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        self.context_length = _context_length(decoder, model_dir)
+        self.context_length = context_length(decoder, model_dir)
         self.stop_token_ids = stop_ids(tokenizer, {**decoder, **config}, generation)
         self.languages: tuple[Language, ...] = ()
         """Empty: the model knows one only, or is shown pictures."""
@@ -91,7 +82,7 @@ class MediaTokenizer:
         if extractor.modality == "audio":
             self._speech = _speech_tokens(vocabulary, self._start)
             if _is_multilingual(generation, vocabulary):
-                self.languages = _languages(vocabulary, generation)
+                self.languages = known_languages(vocabulary, generation)
             # As special ones they have no text.
             self.backend.add_special_tokens([name for name in vocabulary if _TIMESTAMP.match(name)])
         elif advised is None:
@@ -171,16 +162,6 @@ def load_media_tokenizer(model_dir: Path, *, limits: MediaLimits | None = None) 
     return MediaTokenizer(model_dir, tokenizer, config, generation, fingerprint, extractor)
 
 
-def _context_length(decoder: Mapping[str, Any], where: Path) -> int:
-    for name in _CONTEXT_NAMES:
-        value = decoder.get(name)
-        if isinstance(value, int) and value > 0:
-            return value
-    raise ModelDirectoryError(
-        f"{where}: config.json says nothing of the decoder's longest text (max_target_positions)"
-    )
-
-
 def _first(*values: object) -> int | None:
     return next((value for value in values if isinstance(value, int)), None)
 
@@ -201,21 +182,6 @@ def _is_multilingual(generation: Mapping[str, Any], vocabulary: Mapping[str, int
     if isinstance(told, bool):
         return told
     return "lang_to_id" in generation or len(vocabulary) >= _MULTILINGUAL_TOKENS
-
-
-def _languages(
-    vocabulary: Mapping[str, int], generation: Mapping[str, Any]
-) -> tuple[Language, ...]:
-    from transformers.models.whisper.tokenization_whisper import LANGUAGES
-
-    named = generation.get("lang_to_id")
-    if not isinstance(named, dict):
-        named = vocabulary
-    return tuple(
-        Language(code, name, int(named[f"<|{code}|>"]))
-        for code, name in LANGUAGES.items()
-        if f"<|{code}|>" in named
-    )
 
 
 def _listed(languages: Sequence[Language]) -> str:

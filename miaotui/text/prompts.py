@@ -14,22 +14,16 @@ import numpy as np
 from miaotui.text.alignment import IntArray
 from miaotui.text.characters import table
 from miaotui.text.cleaning import TextOptions, clean
-from miaotui.text.errors import ModelDirectoryError, TextError, TextTooLargeError
-from miaotui.text.tokenizer import LONG_TEXT, Limits, load_fast_tokenizer, read_model_config
-
-# Tokens that end a turn in well-known chat formats; those that a model's template writes
-# end its texts, too, even where its makers forgot to say so.
-_TURN_ENDS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<end_of_turn>",
-    "<turn|>",
-    "<|end|>",
-    "<|return|>",
-    "<|endofturn|>",
-    "<|end_of_turn|>",
+from miaotui.text.directory import (
+    context_length,
+    load_fast_tokenizer,
+    read_generation_config,
+    read_model_config,
+    stop_ids,
 )
+from miaotui.text.errors import TextError, TextTooLargeError
+from miaotui.text.tokenizer import LONG_TEXT, Limits
+
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # A noncharacter, which no text may hold: stands within what must not become a special token.
 _BREAK = "\ufdd0"
@@ -71,7 +65,7 @@ class PromptTokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.vocab_size: int = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.context_length = _context_length(config, model_dir)
+        self.context_length = context_length(config, model_dir)
         self.has_chat_template = bool(tokenizer.chat_template)
         self._knows_developer = "developer" in json.dumps(tokenizer.chat_template or "")
         self.stop_token_ids = stop_ids(tokenizer, config, generation)
@@ -182,19 +176,6 @@ class PromptTokenizer:
             )
 
 
-def is_decoder(config: Mapping[str, Any]) -> bool:
-    """Whether a model of this `config.json` writes text (otherwise it finds spans)."""
-    names = config.get("architectures") or ()
-    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names) or (
-        not names and str(config.get("model_type")) in _DECODER_TYPES
-    )
-
-
-_DECODER_TYPES = frozenset(
-    ("gemma", "gemma2", "gemma3_text", "gpt2", "llama", "mistral", "qwen2", "qwen3")
-)
-
-
 def load_prompt_tokenizer(model_dir: Path, *, limits: Limits | None = None) -> PromptTokenizer:
     """The fast tokenizer of a decoder's Hugging Face directory, as `AutoTokenizer` loads it.
 
@@ -209,52 +190,3 @@ def load_prompt_tokenizer(model_dir: Path, *, limits: Limits | None = None) -> P
     return PromptTokenizer(
         model_dir, tokenizer, config, generation, fingerprint, limits or Limits()
     )
-
-
-def read_generation_config(model_dir: Path) -> dict[str, Any]:
-    """The directory's `generation_config.json`; empty where there is none.
-
-    Raises `ModelDirectoryError`.
-    """
-    file = model_dir / "generation_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        generation: Any = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ModelDirectoryError(
-            f"{file}: cannot be read ({error}); copy it from the model's page again"
-        ) from error
-    if not isinstance(generation, dict):
-        raise ModelDirectoryError(f"{file}: must hold a JSON object")
-    return generation
-
-
-def _context_length(config: Mapping[str, Any], where: Path) -> int:
-    text_config = config.get("text_config") or {}
-    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
-        value = config.get(name, text_config.get(name))
-        if isinstance(value, int) and value > 0:
-            return value
-    raise ModelDirectoryError(
-        f"{where}: config.json says nothing of the longest context (max_position_embeddings)"
-    )
-
-
-def stop_ids(tokenizer: Any, config: Mapping[str, Any], generation: Mapping[str, Any]) -> list[int]:
-    """The tokens that end a model's texts."""
-    found: set[int] = set()
-    text_config = config.get("text_config") or {}
-    for value in (
-        generation.get("eos_token_id"),
-        config.get("eos_token_id", text_config.get("eos_token_id")),
-        tokenizer.eos_token_id,
-    ):
-        found.update(value if isinstance(value, list) else () if value is None else (value,))
-    template = json.dumps(tokenizer.chat_template or "", ensure_ascii=False)
-    vocabulary = tokenizer.backend_tokenizer
-    for text in _TURN_ENDS:
-        token = vocabulary.token_to_id(text)
-        if token is not None and text in template:
-            found.add(token)
-    return sorted(found)

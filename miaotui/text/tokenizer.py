@@ -17,6 +17,7 @@ from miaotui.robustness.scripts import count_pieces
 from miaotui.text.alignment import IntArray
 from miaotui.text.characters import table
 from miaotui.text.cleaning import CLEANING_VERSION, TextOptions, clean
+from miaotui.text.directory import load_fast_tokenizer, read_model_config
 from miaotui.text.errors import (
     EmptyTextError,
     FingerprintMismatchError,
@@ -233,45 +234,6 @@ def load_tokenizer(model_dir: Path, *, limits: Limits | None = None) -> TextToke
         unknown_id=tokenizer.unk_token_id,
         limits=limits or Limits(),
     )
-
-
-def load_fast_tokenizer(model_dir: Path) -> tuple[Any, str]:
-    """(transformers' fast tokenizer, its files' fingerprint). Raises `ModelDirectoryError`."""
-    from transformers import AutoTokenizer  # takes seconds
-
-    from miaotui.models.errors import ModelError
-    from miaotui.models.fingerprint import tokenizer_fingerprint
-
-    try:
-        fingerprint = tokenizer_fingerprint(model_dir)
-    except ModelError as error:
-        raise ModelDirectoryError(str(error)) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_dir, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # whatever a damaged file makes transformers raise
-        raise ModelDirectoryError(
-            f"{model_dir}: its tokenizer cannot be loaded ({type(error).__name__}: {error}); "
-            "copy the tokenizer's files from the model's page again"
-        ) from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelDirectoryError(
-            f"{model_dir}: {type(tokenizer).__name__} is not a fast tokenizer and has no offsets; "
-            "add a tokenizer.json"
-        )
-    return tokenizer, fingerprint
-
-
-def read_model_config(model_dir: Path) -> dict[str, Any]:
-    """The directory's `config.json`. Raises `ModelDirectoryError`."""
-    from miaotui.models.checkpoint import read_config
-    from miaotui.models.errors import ModelError
-
-    try:
-        return read_config(model_dir)
-    except ModelError as error:
-        raise ModelDirectoryError(str(error)) from error
 
 
 def _lengths(config: dict[str, Any], where: Path) -> tuple[int, int, int]:

@@ -10,9 +10,10 @@ from miaotui.media.tokenizer import MediaTokenizer, load_media_tokenizer
 from miaotui.models.errors import ModelError
 from miaotui.models.fingerprint import model_fingerprint
 from miaotui.telemetry import setup_logging, setup_telemetry
+from miaotui.text.directory import is_decoder, read_model_config
 from miaotui.text.errors import ModelDirectoryError
-from miaotui.text.prompts import PromptTokenizer, is_decoder, load_prompt_tokenizer
-from miaotui.text.tokenizer import Limits, TextTokenizer, load_tokenizer, read_model_config
+from miaotui.text.prompts import PromptTokenizer, load_prompt_tokenizer
+from miaotui.text.tokenizer import Limits, TextTokenizer, load_tokenizer
 from miaotui.v1 import tokenizer_pb2_grpc
 from services.rpc.server import RpcServer, run, serve
 from services.rpc.spans import spans_to

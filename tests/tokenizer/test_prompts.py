@@ -18,8 +18,9 @@ from transformers import AutoTokenizer
 
 from miaotui.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from miaotui.text.detokenize import Detokenizer, Growth
+from miaotui.text.directory import is_decoder
 from miaotui.text.errors import ModelDirectoryError
-from miaotui.text.prompts import Chat, PromptError, is_decoder, load_prompt_tokenizer
+from miaotui.text.prompts import Chat, PromptError, load_prompt_tokenizer
 from miaotui.text.tokenizer import LONG_TEXT
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tokenizer_pb2 as pb
