@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 import httpx
 
@@ -48,25 +49,52 @@ DEFAULT_WRITING_SECONDS = 120.0
 _NETWORK_SECONDS = 5.0
 
 
-class _Requests:
+_HttpT = TypeVar("_HttpT")
+
+
+class _Requests(Generic[_HttpT]):
     """What both clients share: how to ask, and how to read replies."""
 
-    def __init__(self, url: str, timeout: float, key: str | None) -> None:
-        self._url = url.rstrip("/")
-        self._timeout = timeout
-        self._key = os.environ.get(KEY_VARIABLE, "") if key is None else key
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        timeout: float = DEFAULT_TIMEOUT_SECONDS,
+        key: str | None = None,
+    ) -> None:
+        """`timeout`: seconds that an answer may take (for `ask_many`, each of them).
 
-    def _options(self) -> dict[str, Any]:
-        # A proxy of the environment must not come between: the gateway is named outright.
-        headers = {"X-Request-Timeout": f"{self._timeout:g}"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        return {
-            "base_url": self._url,
-            "timeout": self._timeout + _NETWORK_SECONDS,
-            "trust_env": False,
-            "headers": headers,
-        }
+        `key`: an API key; `None`: the one in the environment variable MIAOTUI_KEY, if any.
+        """
+        self._url = url.rstrip("/")
+        key = os.environ.get(KEY_VARIABLE, "") if key is None else key
+        headers = {"X-Request-Timeout": f"{timeout:g}"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        self._http = self._connect(
+            base_url=self._url,
+            timeout=timeout + _NETWORK_SECONDS,
+            # A proxy of the environment must not come between: the gateway is named outright.
+            trust_env=False,
+            headers=headers,
+        )
+
+    def _connect(self, **options: Any) -> _HttpT:
+        """The connections."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _batch(questions: Sequence[Question]) -> dict[str, Any]:
+        return {"requests": [question.body() for question in questions]}
+
+    @staticmethod
+    def _prompt(prompt: str | Sequence[int], options: Mapping[str, Any]) -> dict[str, Any]:
+        return {"prompt": prompt, "max_tokens": None, **options}
+
+    @staticmethod
+    def _messages(
+        messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return {"messages": [dict(message) for message in messages], **options}
 
     @staticmethod
     def _writing(body: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -90,8 +118,15 @@ class _Requests:
             "timeout": seconds + _NETWORK_SECONDS,
         }
 
-    def _unreachable(self, error: Exception) -> MiaotuiError:
-        return MiaotuiError(f"cannot reach a gateway at {self._url} ({type(error).__name__})")
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Turns a broken connection into `MiaotuiError`."""
+        try:
+            yield
+        except httpx.TransportError as error:
+            raise MiaotuiError(
+                f"cannot reach a gateway at {self._url} ({type(error).__name__})"
+            ) from error
 
 
 def _answer(body: Mapping[str, Any]) -> Answer:
@@ -154,44 +189,32 @@ def _line(line: str) -> tuple[int, Answer | MiaotuiError]:
     return body["index"], _answer(body["response"])
 
 
-class Client(_Requests, ClosedOnExit):
+class Client(_Requests[httpx.Client], ClosedOnExit):
     """Blocks while it waits. Use as a context manager, or call `close`."""
 
-    def __init__(
-        self,
-        url: str = DEFAULT_URL,
-        timeout: float = DEFAULT_TIMEOUT_SECONDS,
-        key: str | None = None,
-    ) -> None:
-        """`timeout`: seconds that an answer may take (for `ask_many`, each of them).
-
-        `key`: an API key; `None`: the one in the environment variable MIAOTUI_KEY, if any.
-        """
-        super().__init__(url, timeout, key)
-        self._http = httpx.Client(**self._options())
+    def _connect(self, **options: Any) -> httpx.Client:
+        return httpx.Client(**options)
 
     def ask(self, question: str, context: str, **options: Any) -> Answer:
         """Answers a question; `options` as in `Question`. Raises `MiaotuiError`."""
-        try:
+        with self._reaching():
             body = Question(question, context, **options).body()
             return _answer(_read(self._http.post("/v1/qa", json=body)))
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
 
     def ask_many(
         self, questions: Sequence[Question]
     ) -> Iterator[tuple[int, Answer | MiaotuiError]]:
         """Yields (index, outcome) as each is done. Raises `MiaotuiError` where none can be."""
-        body = {"requests": [question.body() for question in questions]}
-        try:
-            with self._http.stream("POST", "/v1/qa/batch", json=body) as response:
-                if response.status_code != 200:
-                    response.read()
-                    _read(response)
-                for line in response.iter_lines():
-                    yield _line(line)
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
+        body = self._batch(questions)
+        with (
+            self._reaching(),
+            self._http.stream("POST", "/v1/qa/batch", json=body) as response,
+        ):
+            if response.status_code != 200:
+                response.read()
+                _read(response)
+            for line in response.iter_lines():
+                yield _line(line)
 
     def write(
         self,
@@ -205,8 +228,7 @@ class Client(_Requests, ClosedOnExit):
         `timeout` in seconds, of the whole text; `options` as of /v1/completions. Raises
         `MiaotuiError`, as does reading the stream.
         """
-        body = {"prompt": prompt, "max_tokens": None, **options}
-        return self._stream("/v1/completions", body, timeout)
+        return self._stream("/v1/completions", self._prompt(prompt, options), timeout)
 
     def chat(
         self,
@@ -216,18 +238,15 @@ class Client(_Requests, ClosedOnExit):
         **options: Any,
     ) -> TextStream:
         """Writes a chat's next message; else as `write`, with options of /v1/chat/completions."""
-        body = {"messages": [dict(message) for message in messages], **options}
-        return self._stream("/v1/chat/completions", body, timeout)
+        return self._stream("/v1/chat/completions", self._messages(messages, options), timeout)
 
     def _stream(self, path: str, body: dict[str, Any], seconds: float) -> TextStream:
         request = self._http.build_request("POST", path, **self._writing(body, seconds))
-        try:
+        with self._reaching():
             response = self._http.send(request, stream=True)
             if response.status_code != 200:
                 response.read()
                 raise read_error(_json(response), response.status_code)
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
         return TextStream(response)
 
     def transcribe(
@@ -243,63 +262,45 @@ class Client(_Requests, ClosedOnExit):
         `translate`: in English. The reply's JSON, or its text where `response_format` is "text",
         "srt" or "vtt". `timeout` in seconds. Raises `MiaotuiError`.
         """
-        try:
+        with self._reaching():
             request = self._sound(sound, timeout, translate, fields)
             return _transcript(self._http.post(**request))
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
 
     def models(self) -> list[dict[str, Any]]:
         """The models served. Raises `MiaotuiError`."""
-        try:
+        with self._reaching():
             models: list[dict[str, Any]] = _read(self._http.get("/v1/models"))["models"]
             return models
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
 
     def close(self) -> None:
         """Closes the connections."""
         self._http.close()
 
 
-class AsyncClient(_Requests, AsyncClosedOnExit):
+class AsyncClient(_Requests[httpx.AsyncClient], AsyncClosedOnExit):
     """The same for asyncio. Use as an async context manager, or call `close`."""
 
-    def __init__(
-        self,
-        url: str = DEFAULT_URL,
-        timeout: float = DEFAULT_TIMEOUT_SECONDS,
-        key: str | None = None,
-    ) -> None:
-        """`timeout`: seconds that an answer may take (for `ask_many`, each of them).
-
-        `key`: an API key; `None`: the one in the environment variable MIAOTUI_KEY, if any.
-        """
-        super().__init__(url, timeout, key)
-        self._http = httpx.AsyncClient(**self._options())
+    def _connect(self, **options: Any) -> httpx.AsyncClient:
+        return httpx.AsyncClient(**options)
 
     async def ask(self, question: str, context: str, **options: Any) -> Answer:
         """Answers a question; `options` as in `Question`. Raises `MiaotuiError`."""
-        try:
+        with self._reaching():
             body = Question(question, context, **options).body()
             return _answer(_read(await self._http.post("/v1/qa", json=body)))
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
 
     async def ask_many(
         self, questions: Sequence[Question]
     ) -> AsyncIterator[tuple[int, Answer | MiaotuiError]]:
         """Yields (index, outcome) as each is done. Raises `MiaotuiError` where none can be."""
-        body = {"requests": [question.body() for question in questions]}
-        try:
+        body = self._batch(questions)
+        with self._reaching():
             async with self._http.stream("POST", "/v1/qa/batch", json=body) as response:
                 if response.status_code != 200:
                     await response.aread()
                     _read(response)
                 async for line in response.aiter_lines():
                     yield _line(line)
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
 
     async def write(
         self,
@@ -308,13 +309,8 @@ class AsyncClient(_Requests, AsyncClosedOnExit):
         timeout: float = DEFAULT_WRITING_SECONDS,
         **options: Any,
     ) -> AsyncTextStream:
-        """Continues a prompt, a text or token ids; yields pieces as they are written.
-
-        `timeout` in seconds, of the whole text; `options` as of /v1/completions. Raises
-        `MiaotuiError`, as does reading the stream.
-        """
-        body = {"prompt": prompt, "max_tokens": None, **options}
-        return await self._stream("/v1/completions", body, timeout)
+        """As `Client.write`."""
+        return await self._stream("/v1/completions", self._prompt(prompt, options), timeout)
 
     async def chat(
         self,
@@ -323,19 +319,17 @@ class AsyncClient(_Requests, AsyncClosedOnExit):
         timeout: float = DEFAULT_WRITING_SECONDS,
         **options: Any,
     ) -> AsyncTextStream:
-        """Writes a chat's next message; else as `write`, with options of /v1/chat/completions."""
-        body = {"messages": [dict(message) for message in messages], **options}
+        """As `Client.chat`."""
+        body = self._messages(messages, options)
         return await self._stream("/v1/chat/completions", body, timeout)
 
     async def _stream(self, path: str, body: dict[str, Any], seconds: float) -> AsyncTextStream:
         request = self._http.build_request("POST", path, **self._writing(body, seconds))
-        try:
+        with self._reaching():
             response = await self._http.send(request, stream=True)
             if response.status_code != 200:
                 await response.aread()
                 raise read_error(_json(response), response.status_code)
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
         return AsyncTextStream(response)
 
     async def transcribe(
@@ -346,24 +340,16 @@ class AsyncClient(_Requests, AsyncClosedOnExit):
         translate: bool = False,
         **fields: Any,
     ) -> Any:
-        """Writes down what is said in a sound file; `fields` as of /v1/audio/transcriptions.
-
-        `translate`: in English. The reply's JSON, or its text where `response_format` is "text",
-        "srt" or "vtt". `timeout` in seconds. Raises `MiaotuiError`.
-        """
-        try:
+        """As `Client.transcribe`."""
+        with self._reaching():
             request = self._sound(sound, timeout, translate, fields)
             return _transcript(await self._http.post(**request))
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
 
     async def models(self) -> list[dict[str, Any]]:
         """The models served. Raises `MiaotuiError`."""
-        try:
+        with self._reaching():
             models: list[dict[str, Any]] = _read(await self._http.get("/v1/models"))["models"]
             return models
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
 
     async def close(self) -> None:
         """Closes the connections."""
