@@ -18,14 +18,14 @@ from gateway.calling import time_left
 from gateway.errors import FieldError, GatewayError
 from gateway.generation.generator import Generator
 from gateway.generation.merging import merged
-from gateway.generation.request import GenerationRequest, News, TextNews, TokenPrompt, Usage
+from gateway.generation.request import GenerationRequest, TextNews, TokenPrompt, Usage
 from gateway.http.body import read_json
 from gateway.http.exchange import json_response, request_id, timeout_given, unless_gone
 from gateway.http.openai.frames import Frames, chat_logprobs, completion_logprobs, usage_body
 from gateway.http.openai.parse import Chat, parse_chat, parse_completion
 from gateway.http.openai.pictures import TEXT_ONLY
 from gateway.http.openai.schema import WritingRequest
-from gateway.http.openai.stream import NewsStream
+from gateway.http.openai.stream import NewsStream, first_of
 from gateway.http.views import OPENAI_MODEL, openai_model
 from gateway.media.captioner import Captioner
 from gateway.models import Models
@@ -196,16 +196,7 @@ class OpenAiApi:
                 frames.text(TextNews(index, reply.echoes[index // reply.n]))
                 for index in range(count)
             )
-
-        async def first() -> News:
-            return await anext(news)
-
-        # What fails before any text has come fails with a status of its own.
-        try:
-            earliest = await unless_gone(request.receive, first())
-        except BaseException:
-            await news.aclose()
-            raise
+        earliest = await first_of(request.receive, news)
         return NewsStream(frames, begin, earliest, news, with_usage)
 
 

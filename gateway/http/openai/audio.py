@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,15 +11,16 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 from gateway.calling import time_left
 from gateway.errors import FieldError, GatewayError
-from gateway.http.exchange import SSE, json_response, request_id, timeout_given, unless_gone
+from gateway.http.exchange import json_response, request_id, timeout_given, unless_gone
 from gateway.http.forms import is_form, read_form
 from gateway.http.openai.api import served_model
 from gateway.http.openai.audio_schema import SoundRequest
 from gateway.http.openai.frames import error_event, event
+from gateway.http.openai.stream import EventStream, first_of
 from gateway.media.subtitles import srt, vtt
 from gateway.media.transcriber import Segment, Speech, Transcriber, Transcript
 from gateway.schema import field_errors, invalid
@@ -85,7 +84,8 @@ class AudioApi:
         )
         left, identifier = time_left(deadline), request_id(request)
         if read.stream:
-            return await _streamed(request, transcriber.stream(speech, identifier, left))
+            news = transcriber.stream(speech, identifier, left)
+            return _TextStream(await first_of(request.receive, news), news)
         work = transcriber.transcribe(speech, identifier, left)
         transcript = await unless_gone(request.receive, work)
         return _response(transcript, read, "translate" if translate else "transcribe")
@@ -160,39 +160,10 @@ def _segment(index: int, segment: Segment, temperature: float) -> dict[str, Any]
     }
 
 
-async def _streamed(request: Request, news: AsyncGenerator[tuple[str, Transcript]]) -> Response:
-    async def first() -> tuple[str, Transcript]:
-        return await anext(news)
-
-    # What fails before any text has come fails with a status of its own.
-    try:
-        earliest = await unless_gone(request.receive, first())
-    except BaseException:
-        await news.aclose()
-        raise
-    return _TextStream(earliest, news)
-
-
-class _TextStream(Response):
-    """Sends what is said as it is written down, and ends the work when the caller goes."""
-
-    def __init__(
-        self, first: tuple[str, Transcript], news: AsyncGenerator[tuple[str, Transcript]]
-    ) -> None:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(headers=headers, media_type=SSE)
-        del self.headers["content-length"]
-        self._first = first
-        self._news = news
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._news):
-            with suppress(GatewayError):
-                await unless_gone(receive, self._stream(send))
+class _TextStream(EventStream[tuple[str, Transcript]]):
+    """Sends what is said as it is written down."""
 
     async def _stream(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
         piece, transcript = self._first
         await self._send(send, piece)
         try:

@@ -1,9 +1,10 @@
-"""A stream of server-sent events, one write an update."""
+"""Streams of server-sent events, one write an update."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import suppress
+from contextlib import aclosing, suppress
+from typing import Generic, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -13,9 +14,53 @@ from gateway.generation.request import News
 from gateway.http.exchange import SSE, unless_gone
 from gateway.http.openai.frames import DONE, Frames, error_event
 
+T = TypeVar("T")
 
-class NewsStream(Response):
-    """Sends news as they come, and ends the work when the caller goes."""
+
+async def first_of(receive: Receive, news: AsyncGenerator[T]) -> T:
+    """Awaits the first of the news: what fails before it fails with a status of its own.
+
+    `news` is closed then. Raises `GatewayError`.
+    """
+
+    async def first() -> T:
+        return await anext(news)
+
+    try:
+        return await unless_gone(receive, first())
+    except BaseException:
+        await news.aclose()
+        raise
+
+
+class EventStream(Response, Generic[T]):
+    """Sends events that are made of news as they come, and ends the work when the caller goes."""
+
+    def __init__(self, first: T, news: AsyncGenerator[T]) -> None:
+        """`first` came before `news`; see `first_of`."""
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(headers=headers, media_type=SSE)
+        del self.headers["content-length"]
+        self._first = first
+        self._news = news
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._news):
+            with suppress(GatewayError):
+                await unless_gone(receive, self._all(send))
+
+    async def _all(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        await self._stream(send)
+
+    async def _stream(self, send: Send) -> None:
+        """Sends the body."""
+        raise NotImplementedError
+
+
+class NewsStream(EventStream[News]):
+    """Sends a text's news."""
 
     def __init__(
         self,
@@ -26,25 +71,12 @@ class NewsStream(Response):
         with_usage: bool,
     ) -> None:
         """`begin` goes out together with `first`, which came before `news`."""
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(headers=headers, media_type=SSE)
-        del self.headers["content-length"]
+        super().__init__(first, news)
         self._frames = frames
         self._begin = begin
-        self._first = first
-        self._news = news
         self._with_usage = with_usage
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            with suppress(GatewayError):
-                await unless_gone(receive, self._stream(send))
-        finally:
-            await self._news.aclose()
-
     async def _stream(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
         await self._send(send, self._begin, self._first)
         try:
             async for news in self._news:
