@@ -28,6 +28,17 @@ def _written(text: str) -> str:
 # The length check also refuses lone surrogates, which pydantic lets pass without one.
 Text = Annotated[str, Field(min_length=1), AfterValidator(_written)]
 
+# What questions over a passage and over a collection have in common, and their answers.
+TopK = Annotated[int, Field(ge=1, le=50, description="Answers to return, best first.")]
+AnswerLength = Annotated[int, Field(ge=1, le=512, description="Longest answer in tokens.")]
+Normalization = Annotated[
+    Literal["nfc", "nfkc", "none"],
+    Field(description="Unicode normalisation before tokenising; offsets are unaffected."),
+]
+NoCache = Annotated[bool, Field(description="Neither read nor write the answer cache.")]
+Start = Annotated[int, Field(ge=0, description="First character, in Unicode code points.")]
+End = Annotated[int, Field(ge=0, description="One past the last character.")]
+
 EXAMPLE_EN: dict[str, Any] = {
     "question": "When was the museum founded?",
     "context": "The Palace Museum in Beijing was founded in 1925 and holds 1.8 million objects.",
@@ -51,21 +62,17 @@ class QaRequest(BaseModel):
 
     question: Text = Field(description="The question.")
     context: Text = Field(description="The passage in which the answer stands.")
-    top_k: int = Field(DEFAULT_TOP_K, ge=1, le=50, description="Answers to return, best first.")
-    max_answer_length: int = Field(
-        DEFAULT_ANSWER_LENGTH, ge=1, le=512, description="Longest answer in tokens."
-    )
+    top_k: TopK = DEFAULT_TOP_K
+    max_answer_length: AnswerLength = DEFAULT_ANSWER_LENGTH
     no_answer_threshold: float | None = Field(
         None,
         allow_inf_nan=False,
         description='"No answer" is returned where its logit exceeds the best span\'s by more '
         "than this; null: there is always an answer. The model card says what suits the model.",
     )
-    normalization: Literal["nfc", "nfkc", "none"] = Field(
-        "nfc", description="Unicode normalisation before tokenising; offsets are unaffected."
-    )
+    normalization: Normalization = "nfc"
     strip_markup: bool = Field(False, description="Whether HTML/XML markup is ignored.")
-    no_cache: bool = Field(False, description="Neither read nor write the answer cache.")
+    no_cache: NoCache = False
     mode: Literal["extractive", "generative"] = Field(
         "extractive",
         description="extractive: the passage's own words; generative: a full sentence with "
@@ -94,8 +101,8 @@ class Candidate:
     """One candidate answer; offsets in Unicode code points of the passage as sent."""
 
     text: Annotated[str, Field(description="The characters, as they stand in the passage.")]
-    start: Annotated[int, Field(ge=0, description="First character, in Unicode code points.")]
-    end: Annotated[int, Field(ge=0, description="One past the last character.")]
+    start: Start
+    end: End
     score: Annotated[float, Field(description='Probability among all spans and "no answer".')]
     logit: Annotated[float, Field(description="Start logit plus end logit.")]
 
@@ -104,8 +111,8 @@ class Candidate:
 class Citation:
     """A part of the passage that a generated answer rests on."""
 
-    start: Annotated[int, Field(ge=0, description="First character, in Unicode code points.")]
-    end: Annotated[int, Field(ge=0, description="One past the last character.")]
+    start: Start
+    end: End
     text: Annotated[str, Field(description="The characters, as they stand in the passage.")]
 
 

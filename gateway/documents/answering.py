@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import TypedDict
 
 from gateway.documents.schema import (
     CollectionAnswer,
@@ -34,6 +35,7 @@ from miaotui.retrieval.answers import (
 )
 from miaotui.retrieval.collection import Collection, Found
 from miaotui.retrieval.reading.document import heading_at, page_at
+from miaotui.retrieval.stored import StoredPassage
 from miaotui.telemetry import current_trace_id
 
 _SEPARATOR = "\n\n"
@@ -104,7 +106,7 @@ class CollectionAnswerer:
         if self._pipeline is None:
             raise no_model_for("extractive")
         served = await self._pipeline.served(seconds - clock.elapsed())
-        left = max(0.001, seconds - clock.elapsed())
+        left = _left(seconds, clock)
         searched = await self._found(question, collection, left, clock)
         found = searched.found
         if not found:
@@ -120,7 +122,7 @@ class CollectionAnswerer:
             )
             for passage in found
         ]
-        left = max(0.001, seconds - clock.elapsed())
+        left = _left(seconds, clock)
         readings = await self._pipeline.read_passages(requests, request_id, left, clock)
         spans = [
             SpanReading(
@@ -148,7 +150,7 @@ class CollectionAnswerer:
         best = ranked[0].reading if ranked else None
         explanation = None
         if question.explain and best is not None:
-            left = max(0.001, seconds - clock.elapsed())
+            left = _left(seconds, clock)
             explanation = await self._explained(
                 requests[best.passage],
                 (searched, best.passage),
@@ -214,7 +216,7 @@ class CollectionAnswerer:
         if self._writer is None:
             raise no_model_for("generative")
         served = await self._writer.served(seconds - clock.elapsed())
-        left = max(0.001, seconds - clock.elapsed())
+        left = _left(seconds, clock)
         searched = await self._found(question, collection, left, clock)
         found = searched.found
         if not found:
@@ -231,7 +233,7 @@ class CollectionAnswerer:
             no_cache=question.no_cache,
             **more,
         )
-        left = max(0.001, seconds - clock.elapsed())
+        left = _left(seconds, clock)
         written = await self._writer.answer(request, request_id, left)
         for hop in written.timings:
             if hop.hop != "total":
@@ -256,6 +258,11 @@ class CollectionAnswerer:
             ],
             dense=searched.dense,
         )
+
+
+def _left(seconds: float, clock: Clock) -> float:
+    """What is left of `seconds`; never nothing, so that what comes next says that it is late."""
+    return max(0.001, seconds - clock.elapsed())
 
 
 def _nothing(
@@ -285,11 +292,7 @@ def passage_views(found: Sequence[Found]) -> list[PassageView]:
         passage, ranked = one.passage, one.ranked
         views.append(
             PassageView(
-                document=passage.document.id,
-                source=passage.document.source,
-                title=passage.document.title,
-                page=page_at(passage.marks.pages, passage.start),
-                heading=heading_at(passage.marks.headings, passage.start),
+                **_place(passage, passage.start),
                 start=passage.start,
                 end=passage.end,
                 text=passage.text,
@@ -306,6 +309,28 @@ def passage_views(found: Sequence[Found]) -> list[PassageView]:
     return views
 
 
+class _Place(TypedDict):
+    """Of which document something is, and where in it."""
+
+    document: str
+    source: str
+    title: str
+    page: int | None
+    heading: str
+
+
+def _place(passage: StoredPassage, start: int) -> _Place:
+    """`start`: a character of the document's text that the passage holds."""
+    document, marks = passage.document, passage.marks
+    return _Place(
+        document=document.id,
+        source=document.source,
+        title=document.title,
+        page=page_at(marks.pages, start),
+        heading=heading_at(marks.headings, start),
+    )
+
+
 def _answer(span: RankedSpan, found: Sequence[Found]) -> SourcedAnswer:
     reading = span.reading
     passage = found[reading.passage].passage
@@ -316,11 +341,7 @@ def _answer(span: RankedSpan, found: Sequence[Found]) -> SourcedAnswer:
         end=passage.start + reading.end,
         score=span.score,
         logit=reading.logit,
-        document=passage.document.id,
-        source=passage.document.source,
-        title=passage.document.title,
-        page=page_at(passage.marks.pages, start),
-        heading=heading_at(passage.marks.headings, start),
+        **_place(passage, start),
         passage=reading.passage,
     )
 
@@ -339,11 +360,7 @@ def _citations(start: int, end: int, found: Sequence[Found]) -> list[SourcedCita
                     text=passage.text[first - begin : last - begin],
                     start=within,
                     end=within + last - first,
-                    document=passage.document.id,
-                    source=passage.document.source,
-                    title=passage.document.title,
-                    page=page_at(passage.marks.pages, within),
-                    heading=heading_at(passage.marks.headings, within),
+                    **_place(passage, within),
                     passage=place,
                 )
             )

@@ -12,9 +12,15 @@ from gateway.explanation import Explanation, WarningView
 from gateway.schema import (
     DEFAULT_ANSWER_LENGTH,
     DEFAULT_TOP_K,
+    AnswerLength,
     CacheStatus,
+    End,
     Hop,
+    NoCache,
+    Normalization,
+    Start,
     Text,
+    TopK,
     field_errors,
     invalid,
     not_explained,
@@ -32,6 +38,9 @@ _DENSE = (
     "answer; off: there is no encoder."
 )
 COLLECTION = Field(DEFAULT_COLLECTION, description="The collection's name.")
+DocumentId = Annotated[str, Field(description="The document's id.")]
+Page = Annotated[int | None, Field(description="Page, from 1, where the document has pages.")]
+Heading = Annotated[str, Field(description="Headings above it, outermost first; may be empty.")]
 
 
 class _Body(BaseModel):
@@ -71,20 +80,16 @@ class CollectionQuestion(_Body):
         le=MOST_PASSAGES,
         description="Passages to read, the best found. More find more, and take longer.",
     )
-    top_k: int = Field(DEFAULT_TOP_K, ge=1, le=50, description="Answers to return, best first.")
-    max_answer_length: int = Field(
-        DEFAULT_ANSWER_LENGTH, ge=1, le=512, description="Longest answer in tokens."
-    )
+    top_k: TopK = DEFAULT_TOP_K
+    max_answer_length: AnswerLength = DEFAULT_ANSWER_LENGTH
     no_answer_threshold: float | None = Field(
         None,
         allow_inf_nan=False,
         description='"No answer" is returned where `no_answer_score` is above this; null: what '
         "the model was calibrated to.",
     )
-    normalization: Literal["nfc", "nfkc", "none"] = Field(
-        "nfc", description="Unicode normalisation before tokenising; offsets are unaffected."
-    )
-    no_cache: bool = Field(False, description="Neither read nor write the answer cache.")
+    normalization: Normalization = "nfc"
+    no_cache: NoCache = False
     mode: Literal["extractive", "generative"] = Field(
         "extractive",
         description="extractive: the documents' own words; generative: a full sentence with "
@@ -204,13 +209,13 @@ class Retrieval:
 class PassageView:
     """A passage of a document: characters `start` to `end` of its text."""
 
-    document: Annotated[str, Field(description="The document's id.")]
+    document: DocumentId
     source: str
     title: str
-    page: Annotated[int | None, Field(description="Page, from 1, where the document has pages.")]
-    heading: Annotated[str, Field(description="Headings above it, outermost first; may be empty.")]
-    start: Annotated[int, Field(ge=0, description="First character, in Unicode code points.")]
-    end: Annotated[int, Field(ge=0, description="One past the last character.")]
+    page: Page
+    heading: Heading
+    start: Start
+    end: End
     text: str
     retrieval: Retrieval
 
@@ -230,15 +235,15 @@ class SourcedAnswer:
     """A candidate answer and where it stands; offsets in the document's text."""
 
     text: str
-    start: Annotated[int, Field(ge=0, description="First character, in Unicode code points.")]
-    end: Annotated[int, Field(ge=0, description="One past the last character.")]
+    start: Start
+    end: End
     score: Annotated[float, Field(description="Probability of being right, among what was read.")]
     logit: Annotated[float, Field(description="Start logit plus end logit.")]
-    document: Annotated[str, Field(description="The document's id.")]
+    document: DocumentId
     source: str
     title: str
-    page: Annotated[int | None, Field(description="Page, from 1, where the document has pages.")]
-    heading: Annotated[str, Field(description="Headings above it, outermost first; may be empty.")]
+    page: Page
+    heading: Heading
     passage: Annotated[int, Field(ge=0, description="Index in `passages`.")]
 
 
@@ -249,7 +254,7 @@ class SourcedCitation:
     text: str
     start: int
     end: int
-    document: Annotated[str, Field(description="The document's id.")]
+    document: DocumentId
     source: str
     title: str
     page: int | None
