@@ -286,38 +286,70 @@ class _Link(StreamLink):
                 future.set_exception(error)
 
 
-def call_header(call_id: int, timeout: float | None, metadata: Any) -> pb.CallHeader:
-    """The header of a new call; `timeout` in seconds, `metadata` the W3C trace context."""
-    trace = dict(metadata or ())
-    return pb.CallHeader(
-        call_id=call_id,
-        timeout_micros=0 if timeout is None else max(1, int(timeout * 1e6)),
-        traceparent=trace.get("traceparent", ""),
-        tracestate=trace.get("tracestate", ""),
-    )
-
-
 def status_error(status: pb.CallStatus) -> aio.AioRpcError:
     """The error that a call's status other than 0 stands for."""
     return rpc_error(_CODES.get(status.code, grpc.StatusCode.UNKNOWN), status.message)
 
 
-class CallStream(Generic[RequestIn, ResponseOut]):
-    """Calls a unary method over a stream; opens it when needed, and anew when it broke.
+LinkT = TypeVar("LinkT", bound=StreamLink)
 
-    Called as a method of an asyncio stub is (`services.rpc.channel.UnaryMethod`). `frame`
-    makes the stream's request message of a header and the request (None: cancelled).
-    """
+
+class LinkedCalls(Generic[LinkT]):
+    """What callers over a stream share: it is opened when needed, and anew when it broke."""
 
     def __init__(
         self,
         method: Callable[[], aio.StreamStreamCall[Any, Any]],
         frame: Callable[[pb.CallHeader, Any], Any],
     ) -> None:
+        """`method` opens a stream; `frame` makes its request message of a header and the request
+        (None: cancelled).
+        """
         self._method = method
         self._frame = frame
-        self._link: _Link | None = None
+        self._link: LinkT | None = None
         self._ids = itertools.count(1)
+
+    def _made(self, call: aio.StreamStreamCall[Any, Any]) -> LinkT:
+        """The link of a stream that was opened."""
+        raise NotImplementedError
+
+    def _opened(self) -> LinkT:
+        """The open stream."""
+        link = self._link
+        if link is None or link.closed:
+            link = self._link = self._made(self._method())
+        return link
+
+    def _header(self, timeout: float | None, metadata: Any) -> pb.CallHeader:
+        """The header of a new call; `timeout` in seconds, `metadata` the W3C trace context."""
+        trace = dict(metadata or ())
+        return pb.CallHeader(
+            call_id=next(self._ids),
+            timeout_micros=0 if timeout is None else max(1, int(timeout * 1e6)),
+            traceparent=trace.get("traceparent", ""),
+            tracestate=trace.get("tracestate", ""),
+        )
+
+    def _give_up(self, link: LinkT, call_id: int) -> None:
+        """Tells the server that nobody waits for a call."""
+        if not link.closed:
+            link.send(self._frame(pb.CallHeader(call_id=call_id, cancel=True), None))
+
+    def close(self) -> None:
+        """Ends the stream; calls that are open fail with UNAVAILABLE."""
+        if self._link is not None:
+            self._link.close(grpc.StatusCode.UNAVAILABLE, "closed by the caller")
+            self._link = None
+
+
+class CallStream(LinkedCalls[_Link], Generic[RequestIn, ResponseOut]):
+    """Calls a unary method over a stream, as a method of an asyncio stub is called
+    (`services.rpc.channel.UnaryMethod`).
+    """
+
+    def _made(self, call: aio.StreamStreamCall[Any, Any]) -> _Link:
+        return _Link(call)
 
     async def __call__(
         self,
@@ -328,10 +360,7 @@ class CallStream(Generic[RequestIn, ResponseOut]):
         metadata: Any = None,
     ) -> ResponseOut:
         """Raises `grpc.aio.AioRpcError`; cancelling the call cancels its work."""
-        link = self._link
-        if link is None or link.closed:
-            link = self._link = _Link(self._method())
-        header = call_header(next(self._ids), timeout, metadata)
+        link, header = self._opened(), self._header(timeout, metadata)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         link.pending[header.call_id] = future
         try:
@@ -339,10 +368,10 @@ class CallStream(Generic[RequestIn, ResponseOut]):
             async with asyncio.timeout(timeout):
                 answer = await future
         except TimeoutError:
-            self._give_up(link, header)
+            self._give_up(link, header.call_id)
             raise rpc_error(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed") from None
         except asyncio.CancelledError:
-            self._give_up(link, header)
+            self._give_up(link, header.call_id)
             raise
         finally:
             del link.pending[header.call_id]
@@ -356,13 +385,3 @@ class CallStream(Generic[RequestIn, ResponseOut]):
     def outstanding(self) -> int:
         """Calls that wait for their answer."""
         return 0 if self._link is None else len(self._link.pending)
-
-    def _give_up(self, link: _Link, header: pb.CallHeader) -> None:
-        if not link.closed:
-            link.send(self._frame(pb.CallHeader(call_id=header.call_id, cancel=True), None))
-
-    def close(self) -> None:
-        """Ends the stream; calls that wait fail with UNAVAILABLE."""
-        if self._link is not None:
-            self._link.close(grpc.StatusCode.UNAVAILABLE, "closed by the caller")
-            self._link = None

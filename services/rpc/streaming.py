@@ -12,19 +12,17 @@ and, where the call has ended, `ended` (`CallStatus`).
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Callable
 from typing import Any, Generic, Self
 
 import grpc
 from grpc import aio
 
-from miaotui.v1 import calls_pb2 as pb
 from services.rpc.calls import (
+    LinkedCalls,
     RequestIn,
     ResponseOut,
     StreamLink,
-    call_header,
     rpc_error,
     status_error,
 )
@@ -151,21 +149,11 @@ class _Link(StreamLink):
         self.open.clear()
 
 
-class ServerStreamCalls(Generic[RequestIn, ResponseOut]):
-    """Calls a server-streaming method over a stream; opens it when needed, anew when it broke.
+class ServerStreamCalls(LinkedCalls[_Link], Generic[RequestIn, ResponseOut]):
+    """Calls a server-streaming method over a stream."""
 
-    `frame` makes the stream's request message of a header and the request (None: cancelled).
-    """
-
-    def __init__(
-        self,
-        method: Callable[[], aio.StreamStreamCall[Any, Any]],
-        frame: Callable[[pb.CallHeader, Any], Any],
-    ) -> None:
-        self._method = method
-        self._frame = frame
-        self._link: _Link | None = None
-        self._ids = itertools.count(1)
+    def _made(self, call: aio.StreamStreamCall[Any, Any]) -> _Link:
+        return _Link(call)
 
     def __call__(
         self, request: RequestIn, /, *, timeout: float | None = None, metadata: Any = None
@@ -174,15 +162,12 @@ class ServerStreamCalls(Generic[RequestIn, ResponseOut]):
 
         `timeout` in seconds, of the whole call.
         """
-        link = self._link
-        if link is None or link.closed:
-            link = self._link = _Link(self._method())
-        header = call_header(next(self._ids), timeout, metadata)
+        link, header = self._opened(), self._header(timeout, metadata)
         call_id = header.call_id
 
         def give_up() -> None:
-            if link.open.pop(call_id, None) is not None and not link.closed:
-                link.send(self._frame(pb.CallHeader(call_id=call_id, cancel=True), None))
+            if link.open.pop(call_id, None) is not None:
+                self._give_up(link, call_id)
 
         call: StreamedCall[ResponseOut] = StreamedCall(give_up)
         link.open[call_id] = call
@@ -195,9 +180,3 @@ class ServerStreamCalls(Generic[RequestIn, ResponseOut]):
     def outstanding(self) -> int:
         """Calls that have not ended."""
         return 0 if self._link is None else len(self._link.open)
-
-    def close(self) -> None:
-        """Ends the stream; calls that are open fail with UNAVAILABLE."""
-        if self._link is not None:
-            self._link.close(grpc.StatusCode.UNAVAILABLE, "closed by the caller")
-            self._link = None
