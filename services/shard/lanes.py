@@ -16,20 +16,18 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import grpc
 from grpc import aio
 
-from miaotui.engine.decode.share import KvShare
 from miaotui.v1 import shard_pb2 as pb
 from miaotui.v1 import shard_pb2_grpc
-from services.rpc.breaker import CircuitBreaker
 from services.rpc.channel import open_channel
 from services.rpc.endpoints import Endpoints
 from services.rpc.tracing import UNSAMPLED
 from services.shard.link import HANDSHAKE_SECONDS, Chain, Link, LinkClock, LinkEnd
+from services.shard.route import HeadLane, Replica
 from services.shard.shares import NoShareError, Shares
 
 log = logging.getLogger(__name__)
@@ -40,80 +38,6 @@ _LATE_WATCHES = 2
 _REFUSED_SECONDS = 1.0
 _IDLE_SECONDS = 0.5
 _STALLED_PAUSE_SECONDS = 5.0
-
-
-@dataclass(eq=False, slots=True)
-class Replica:
-    """A replica of a later stage, as this stage 0 knows it."""
-
-    stage: int
-    address: str
-    breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
-    reason: str = ""
-    """Why it has no work; empty where nothing is wrong."""
-    refused: str = ""
-    """Why it does not fit; empty where it does."""
-    draining: bool = False
-    told: pb.ShardServiceDescribeResponse | None = None
-    """What it last told of itself."""
-
-    @property
-    def usable(self) -> bool:
-        """Whether a lane may lead through it."""
-        return not self.draining and self.breaker.state != "open"
-
-    def is_at(self, address: str) -> bool:
-        """Whether this is its host:port: as it was found, or as it calls itself.
-
-        Where DNS leads to several replicas, they are found by their IP addresses.
-        """
-        told = self.told
-        return address == self.address or (told is not None and address == told.stage.address)
-
-
-@dataclass(eq=False, slots=True)
-class HeadLane:
-    """One lane, at stage 0."""
-
-    number: int
-    name: str
-    route: tuple[Replica, ...]
-    share: KvShare
-    info: pb.StageInfo
-    """Stage 0's own, with the KV blocks of this lane."""
-    link: Link
-    chain: Chain = ()
-    """All stages, once the last one has closed the ring."""
-    up: bool = False
-    leaving: bool = False
-    """Whether it takes nothing new, and ends when it is empty."""
-    out: int = 0
-    """Batches that have been sent and have not come back."""
-    waiting_since: float = 0.0
-    """When the last one came back, or the first was sent, on `time.monotonic()`."""
-    closed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the ring is closed."""
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when it is to end, or its way back has."""
-    why: str = "the last stage has gone away"
-    fault: str = ""
-    """host:port of the stage at fault, where it is known."""
-
-    def sent(self) -> None:
-        """A batch sets out."""
-        if not self.out:
-            self.waiting_since = time.monotonic()
-        self.out += 1
-
-    def returned(self) -> None:
-        """A batch is back."""
-        self.out = max(0, self.out - 1)
-        self.waiting_since = time.monotonic()
-
-    def end(self, why: str) -> None:
-        """Ends it."""
-        self.why = why
-        self.ended.set()
 
 
 class LaneOwner(Protocol):
@@ -210,7 +134,7 @@ class Lanes:
     def replicas(self) -> list[pb.StageReplica]:
         """All replicas known, by stage."""
         lanes = Counter(one for lane in self._lanes.values() if lane.up for one in lane.route)
-        return [_describe(one, lanes[one]) for one in self._every()]
+        return [one.view(lanes[one]) for one in self._every()]
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -484,21 +408,3 @@ class Lanes:
                 log.warning("a lane stands still; its work goes to others")
                 lane.end(f"nothing came back for {self._stall_seconds:g} s")
                 return
-
-
-def _describe(one: Replica, lanes: int) -> pb.StageReplica:
-    status, reason = pb.STAGE_STATUS_WAITING, one.reason
-    if one.draining:
-        status = pb.STAGE_STATUS_DRAINING
-    elif lanes:
-        status, reason = pb.STAGE_STATUS_SERVING, ""
-    elif one.refused:
-        status = pb.STAGE_STATUS_MISMATCHED
-    return pb.StageReplica(
-        stage=one.stage,
-        address=one.address,
-        status=status,
-        reason=reason or ("" if lanes else "no lane leads through it yet"),
-        lanes=lanes,
-        told=one.told,
-    )

@@ -27,8 +27,9 @@ from services.shard.lane import (
     RefusedError,
     read_frames,
 )
-from services.shard.lanes import HeadLane, Lanes
+from services.shard.lanes import Lanes
 from services.shard.link import AT, Chain, LinkClock
+from services.shard.route import HeadLane
 from services.shard.shares import NoShareError, Shares
 from services.shard.slices import DecodeLimits
 

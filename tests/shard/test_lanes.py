@@ -8,8 +8,9 @@ import grpc
 import pytest
 
 from miaotui.v1 import shard_pb2 as pb
-from services.shard.lanes import HeadLane, Lanes, Replica
+from services.shard.lanes import Lanes
 from services.shard.link import LinkClock, LinkEnd
+from services.shard.route import HeadLane, Replica
 from services.shard.shares import Shares
 
 FOUND = (("10.0.0.1:50060", "10.0.0.2:50060"), ("10.0.0.3:50060",))
