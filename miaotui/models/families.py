@@ -19,10 +19,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForQuestionAnswering
 
-from miaotui.models.attention import PACKED_ATTENTION, PackedSequences
+from miaotui.models.attention import PACKED_ATTENTION
 from miaotui.models.checkpoint import Checkpoint
 from miaotui.models.compressed import BLOCK, apply_compression
 from miaotui.models.decoder_families import DECODERS
+from miaotui.models.embedding import BertEmbedding, Embedding
 from miaotui.models.errors import CheckpointError, UnsupportedModelError
 from miaotui.models.layers import LayerRange
 from miaotui.models.seq2seq_families import SEQ2SEQ
@@ -63,32 +64,6 @@ class StageSkeleton(Protocol):
     @property
     def float32(self) -> nn.Module | None:
         """The module that is held in float32 whatever the compute dtype."""
-        ...
-
-
-class Embedding(Protocol):
-    """Computes a first stage's input activations."""
-
-    def __call__(
-        self,
-        input_ids: torch.Tensor,
-        token_type_ids: torch.Tensor | None,
-        packed: PackedSequences,
-        words: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return [tokens, hidden_size] for int64 ids [tokens].
-
-        `words`, [tokens, embedding_size], takes the place of the ids' word embeddings.
-        """
-        ...
-
-    def words(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the word embeddings of int64 ids: [tokens, embedding_size]."""
-        ...
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """The padding token, where there is one."""
         ...
 
 
@@ -218,7 +193,13 @@ class ExtractiveFamily:
             project = getattr(base, self.projection, None) if self.projection else None
             if project is not None:
                 embeddings.append(project)
-            embedding = _BertEmbedding(self, embeddings[0], project, config.pad_token_id)
+            embedding = BertEmbedding(
+                embeddings[0],
+                project,
+                config.pad_token_id,
+                padded_positions=self.padded_positions,
+                token_types=self.token_types,
+            )
         else:
             base.embeddings = None
             if self.projection:
@@ -265,90 +246,6 @@ class MeanPooling(nn.Module):
         """Return [sequences, hidden_size] of [tokens, hidden_size]."""
         means = torch.stack([part.mean(0) for part in hidden.split(list(lengths))])
         return nn.functional.normalize(means, dim=1)
-
-
-class _BertEmbedding:
-    """Calls a BERT-like embeddings module with positions that restart at each sequence."""
-
-    def __init__(
-        self,
-        family: ExtractiveFamily,
-        embeddings: nn.Module,
-        project: nn.Module | None,
-        pad_token_id: int | None,
-    ) -> None:
-        self._family = family
-        self._embeddings = embeddings
-        self._project = project
-        self._pad = pad_token_id
-
-    def __call__(
-        self,
-        input_ids: torch.Tensor,
-        token_type_ids: torch.Tensor | None,
-        packed: PackedSequences,
-        words: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if self._family.padded_positions:
-            assert self._pad is not None
-            positions = padded_position_ids(input_ids, packed, self._pad)
-        else:
-            positions = position_ids(packed)
-        arguments: dict[str, torch.Tensor | None]
-        if words is None:
-            arguments = {"input_ids": input_ids[None], "position_ids": positions[None]}
-        else:
-            arguments = {"input_ids": None, "position_ids": positions[None]}
-            arguments["inputs_embeds"] = words[None]
-        if self._family.token_types:
-            if token_type_ids is None:
-                token_type_ids = torch.zeros_like(input_ids)
-            arguments["token_type_ids"] = token_type_ids[None]
-        hidden: torch.Tensor = self._embeddings(**arguments)
-        if self._project is not None:
-            hidden = self._project(hidden)
-        return hidden[0]
-
-    def words(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the word embeddings of int64 ids: [tokens, embedding_size]."""
-        embeddings: Any = self._embeddings
-        found: torch.Tensor = embeddings.word_embeddings(input_ids)
-        return found
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """The padding token, where there is one."""
-        return self._pad
-
-
-def position_ids(packed: PackedSequences) -> torch.Tensor:
-    """Return int64 [tokens] that count from 0 within each sequence."""
-    if len(packed.lengths) == 1:
-        return torch.arange(packed.lengths[0], device=packed.device)
-    tokens = torch.arange(packed.offsets[-1], device=packed.device)
-    return tokens - _repeat(tokens[torch.tensor(packed.offsets[:-1], device=packed.device)], packed)
-
-
-def padded_position_ids(
-    input_ids: torch.Tensor, packed: PackedSequences, pad_token_id: int
-) -> torch.Tensor:
-    """Return int64 [tokens] as RoBERTa counts positions within each sequence.
-
-    As transformers' `create_position_ids_from_input_ids` does for an unpadded sequence:
-    from `pad_token_id + 1` on; a token that happens to be the padding id (a text may hold it)
-    gets `pad_token_id` itself and is not counted.
-    """
-    counted = input_ids.ne(pad_token_id).long()
-    running = counted.cumsum(0)
-    if len(packed.lengths) > 1:
-        starts = torch.tensor(packed.offsets[:-1], device=input_ids.device)
-        running = running - _repeat(running[starts] - counted[starts], packed)
-    return running * counted + pad_token_id
-
-
-def _repeat(per_sequence: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
-    lengths = torch.tensor(packed.lengths, device=per_sequence.device)
-    return per_sequence.repeat_interleave(lengths, output_size=packed.offsets[-1])
 
 
 _EXTRACTIVE: Sequence[ExtractiveFamily] = (
