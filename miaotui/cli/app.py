@@ -20,7 +20,7 @@ from miaotui.cli.keys import keys_app
 from miaotui.cli.media_commands import register as register_media
 from miaotui.cli.probe import register as register_probe
 from miaotui.cli.serving import serve_app
-from miaotui.cli.shared import Json, Key, Url, fail, read_passage
+from miaotui.cli.shared import Device, Dtype, Json, Key, Url, fail, read_passage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -158,14 +158,8 @@ def plan(
     layers: Annotated[
         str, typer.Option(help='Cost these layers instead of planning, such as "0-3,3-6".')
     ] = "",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="float32, bfloat16 or float16; auto: bfloat16 on GPUs, float32 on CPUs; fast: "
-            "bfloat16 on CPUs too, where it is faster."
-        ),
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure the costs here instead of estimating them.")
     ] = False,

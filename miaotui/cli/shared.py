@@ -28,6 +28,15 @@ Key = Annotated[
     ),
 ]
 
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="float32, bfloat16 or float16; auto: bfloat16 on GPUs, float32 on CPUs; fast: "
+        "bfloat16 on CPUs too, where it is faster."
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
 
 def headers_with(key: str) -> dict[str, str]:
     """The headers of a request with this key; without, where it is empty."""

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from miaotui.cli.shared import fail, read_passage
+from miaotui.cli.shared import Device, Dtype, fail, read_passage
 
 EPILOG = """[bold]Examples[/]
 
@@ -115,17 +115,11 @@ def up(
         int | None,
         typer.Option(help="Of stage 0, the others follow; usually 50060.", show_default=False),
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="float32, bfloat16 or float16; auto: bfloat16 on GPUs, float32 on CPUs; fast: "
-            "bfloat16 on CPUs too, where it is faster."
-        ),
-    ] = "auto",
+    dtype: Dtype = "auto",
     wire_dtype: Annotated[
         str, typer.Option(help="Of what travels between stages; auto: as computed; int8: least.")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     redis_url: Annotated[
         str | None,
         typer.Option(
