@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Callable, Iterable, Sequence
 
 from gateway.generation.request import TextNews, Token, TokenLogprob
-from gateway.generation.stops import StopScanner
+from miaotui.text.stops import StopScanner
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 

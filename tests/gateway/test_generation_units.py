@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from gateway.errors import GatewayError
-from gateway.generation.citations import cite, common_runs, read_marks, split_passages
 from gateway.generation.detokenizer import Detokenizer
 from gateway.generation.merging import merged
 from gateway.generation.prompts import CHINESE, ENGLISH, filled, question_prompt
 from gateway.generation.request import News, TextNews, Usage
-from gateway.generation.stops import StopScanner
 from gateway.generation.texts import GrowingText
+from miaotui.text.citations import cite, common_runs, read_marks, split_passages
+from miaotui.text.stops import StopScanner
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 
