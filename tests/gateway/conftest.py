@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from tests.encoder import EncoderStage
 from tests.gateway.fakes import Fakes, running_fakes
@@ -197,3 +198,15 @@ async def writer_gateway(
         all_fakes, directory, models="extractive generative", MAX_TEXTS="8"
     ) as running:
         yield running
+
+
+@pytest.fixture
+async def client(writer_gateway: Gateway) -> AsyncIterator[AsyncOpenAI]:
+    """The official `openai` client of a gateway with both models."""
+    async with AsyncOpenAI(
+        base_url=f"{writer_gateway.url}/v1",
+        api_key="none",
+        max_retries=0,
+        http_client=DefaultAsyncHttpxClient(trust_env=False),
+    ) as client:
+        yield client
