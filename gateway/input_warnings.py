@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gateway.explanation import WarningView
-from gateway.upstream import Served
+from gateway.served import Served
 from miaotui.robustness.warnings import look_at_input
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from gateway.replicas import Balanced, Replicas, choose
+from gateway.served import Role, Served
 from gateway.settings import GatewaySettings
-from gateway.upstream import Head, Pair, Role, Served, Tokenizer
+from gateway.upstream import Head, Pair, Tokenizer
 from miaotui.models.errors import CheckpointError
 from miaotui.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from miaotui.retrieval.encoder import (

@@ -28,9 +28,9 @@ from gateway.metrics import GatewayMetrics
 from gateway.models import ExtractivePair
 from gateway.reading import SpanReader
 from gateway.schema import CacheStatus, Candidate, Hop, QaRequest, QaResponse
+from gateway.served import Served
 from gateway.settings import GatewaySettings
 from gateway.slots import Slots
-from gateway.upstream import Served
 from miaotui.telemetry import current_trace_id, span_within, trace_content
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb

@@ -24,8 +24,8 @@ from gateway.generation.answering import Answerer
 from gateway.input_warnings import warnings_about
 from gateway.pipeline import Clock, Pipeline
 from gateway.schema import CacheStatus, Hop, QaRequest, invalid, no_model_for
+from gateway.served import Served
 from gateway.settings import GatewaySettings
-from gateway.upstream import Served
 from miaotui.retrieval.answers import (
     RankedSpan,
     SpanReading,

@@ -9,7 +9,7 @@ from gateway.generation.generator import Generator
 from gateway.generation.prompts import filled, question_prompt
 from gateway.generation.request import GenerationRequest, Prompt, Sampling
 from gateway.schema import Citation, Hop, QaRequest, QaResponse
-from gateway.upstream import Served
+from gateway.served import Served
 from miaotui.telemetry import current_trace_id
 from miaotui.text.citations import cite, split_passages
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb

@@ -35,9 +35,9 @@ from gateway.generation.texts import CONTEXT_TOKENS, GrowingText
 from gateway.metrics import GatewayMetrics
 from gateway.models import GenerativePair
 from gateway.schema import CacheStatus, invalid
+from gateway.served import Served, Writing
 from gateway.settings import GatewaySettings
 from gateway.slots import Slots
-from gateway.upstream import Served, Writing
 from miaotui.telemetry import inject_context
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb

@@ -12,8 +12,9 @@ from gateway.generation.scenarios import SCENARIOS
 from gateway.http.problems import Problem
 from gateway.models import Models
 from gateway.schema import QaResponse
+from gateway.served import Role, Served
 from gateway.stages import StageReplica, State
-from gateway.upstream import Pair, Role, Served
+from gateway.upstream import Pair
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tensor_pb2 as tensor_pb
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.models import Models
+from gateway.served import Role
 from gateway.settings import GatewaySettings
-from gateway.upstream import Pair, Role
+from gateway.upstream import Pair
 from miaotui.v1 import shard_pb2 as pb
 from services.rpc.endpoints import split_addresses
 

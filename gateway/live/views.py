@@ -13,7 +13,7 @@ from gateway.live.counters import Figures, LiveCounters
 from gateway.live.rings import KnownStage, Ring, Rings
 from gateway.live.stages import StageWatch, State
 from gateway.live.traces import KeptTrace, Scalar
-from gateway.upstream import WRITING_ROLES, Role
+from gateway.served import WRITING_ROLES, Role
 
 _WINDOW_SECONDS = 60
 _STEP_SECONDS = 5

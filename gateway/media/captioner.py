@@ -11,8 +11,8 @@ from gateway.errors import GatewayError
 from gateway.generation.generator import Generator
 from gateway.generation.request import GenerationRequest
 from gateway.media.reading import media_of, read_file
+from gateway.served import Served
 from gateway.slots import Slots
-from gateway.upstream import Served
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 
 

@@ -14,7 +14,7 @@ from gateway.calling import MARGIN_SECONDS, RETRY_PAUSE_SECONDS, call_id, time_l
 from gateway.errors import FieldError, GatewayError, from_rpc
 from gateway.models import GenerativePair
 from gateway.schema import invalid
-from gateway.upstream import Media, Served
+from gateway.served import Media, Served
 from miaotui.telemetry import inject_context
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 

@@ -15,8 +15,8 @@ from gateway.generation.generator import Generator
 from gateway.generation.request import GenerationRequest, Sampling, Token, Usage
 from gateway.media.reading import media_of, read_file
 from gateway.schema import invalid
+from gateway.served import Served
 from gateway.slots import Slots
-from gateway.upstream import Served
 from miaotui.media.languages import Language
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb

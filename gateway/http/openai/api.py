@@ -30,8 +30,8 @@ from gateway.http.views import OPENAI_MODEL, openai_model
 from gateway.media.captioner import Captioner
 from gateway.models import Models
 from gateway.schema import CacheStatus, invalid
+from gateway.served import Served
 from gateway.settings import GatewaySettings
-from gateway.upstream import Served
 
 CACHE_HEADER = "X-Miaotui-Cache"
 
