@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn, TypeAlias
+from collections.abc import AsyncIterator, Callable
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+from services.rpc.interceptor import Handler, WrappingInterceptor
+
 _PROBLEM = "The bytes are no message of this method, or its text is no UTF-8."
 
 
@@ -25,27 +26,16 @@ class _UnreadableError(Exception):
 _UNREADABLE = _Unreadable()
 
 
-class ReadingInterceptor(aio.ServerInterceptor):
+class ReadingInterceptor(WrappingInterceptor):
     """Ends a call whose request cannot be read with INVALID_ARGUMENT.
 
     gRPC itself would answer UNKNOWN or INTERNAL and log a traceback for each.
     """
 
-    def __init__(self) -> None:
-        self._wrapped: dict[str, Handler] = {}
-
-    async def intercept_service(
-        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
-    ) -> Any:
-        """Returns the method's handler with a deserializer that does not raise."""
-        method = handler_call_details.method
-        if (known := self._wrapped.get(method)) is not None:
-            return known
-        handler = await continuation(handler_call_details)
-        if handler is None or (deserialize := handler.request_deserializer) is None:
-            return handler
-        wrapped = self._wrapped[method] = _wrap(handler, deserialize)
-        return wrapped
+    def wrap(self, method: str, handler: Handler) -> Handler:
+        """Returns a handler with a deserializer that does not raise."""
+        deserialize = handler.request_deserializer
+        return handler if deserialize is None else _wrap(handler, deserialize)
 
 
 def _reader(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

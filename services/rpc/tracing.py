@@ -8,19 +8,19 @@ what it can.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import grpc
-from grpc import aio
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.util.types import Attributes
 
 from miaotui.telemetry import extract_context
+from services.rpc.interceptor import Handler, WrappingInterceptor
 
 _tracer = trace.get_tracer("miaotui.rpc")
 _HEADERS = ("traceparent", "tracestate")
@@ -28,8 +28,6 @@ _HEADERS = ("traceparent", "tracestate")
 UNSAMPLED = (("traceparent", f"00-{1:032x}-{1:016x}-00"),)
 """Metadata of looks at services, which would drown the traces of requests: flag 00 is "not
 sampled"."""
-
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class CallCounters(Protocol):
@@ -51,12 +49,12 @@ _FAILURES = frozenset(
 )
 
 
-class TracingInterceptor(aio.ServerInterceptor):
+class TracingInterceptor(WrappingInterceptor):
     """Wraps the unary-request methods of `services`; everything else is left as it is."""
 
     def __init__(self, *services: str) -> None:
+        super().__init__()
         self._prefixes = tuple(f"/{service}/" for service in services)
-        self._wrapped: dict[str, Handler] = {}
         self._counters: CallCounters | None = None
         self._counted: frozenset[str] = frozenset()
 
@@ -64,19 +62,12 @@ class TracingInterceptor(aio.ServerInterceptor):
         """Counts the calls of these methods ("/package.Service/Method"), before the first."""
         self._counters, self._counted = counters, frozenset(methods)
 
-    async def intercept_service(
-        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
-    ) -> Any:
-        """Returns the method's handler inside a span."""
-        method = handler_call_details.method
-        if (known := self._wrapped.get(method)) is not None:
-            return known
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming or not method.startswith(self._prefixes):
+    def wrap(self, method: str, handler: Handler) -> Handler:
+        """Returns the handler inside a span."""
+        if handler.request_streaming or not method.startswith(self._prefixes):
             return handler
         counters = self._counters if method in self._counted else None
-        wrapped = self._wrapped[method] = _wrap(method.lstrip("/"), handler, counters)
-        return wrapped
+        return _wrap(method.lstrip("/"), handler, counters)
 
 
 class _Count:
