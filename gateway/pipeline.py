@@ -338,6 +338,7 @@ class Pipeline:
                 shard_pb.TokenSequence(input_ids=w.input_ids, token_type_ids=w.token_type_ids)
                 for w in windows
             ],
+            cache_salt=self._prompts.store.salt(),
         )
         started = time.perf_counter()
         logits = await self._rpc(

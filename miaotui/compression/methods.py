@@ -10,10 +10,11 @@ from miaotui.compression.errors import CompressionError
 
 PRUNING = ("prune-weights", "prune-2:4", "prune-heads", "prune-neurons", "prune-layers")
 FACTORING = ("svd", "asvd")
+DECOMPOSING = "decompose"
 EXAMPLES = (
     "int8, int8-static, int4 (2 to 7 bits), int4-static, prune-weights=0.5, prune-2:4, "
-    "prune-heads=0.25, prune-neurons=0.25, prune-layers=1, svd=0.5, asvd=0.5; several, in "
-    "order, with commas between"
+    "prune-heads=0.25, prune-neurons=0.25, prune-layers=1, svd=0.5, asvd=0.5, decompose=3; "
+    "several, in order, with commas between"
 )
 
 
@@ -21,9 +22,9 @@ EXAMPLES = (
 class Step:
     """One thing to do.
 
-    `value`: the share to prune (0 to 1), layers to take out, or the share of parameters that a
-    factorised layer keeps; the bits of a quantisation. `static`: whether a quantisation's
-    activations are rounded by calibrated scales.
+    `value`: the share to prune (0 to 1), layers to take out or to decompose, or the share of
+    parameters that a factorised layer keeps; the bits of a quantisation. `static`: whether a
+    quantisation's activations are rounded by calibrated scales.
     """
 
     name: str
@@ -32,9 +33,11 @@ class Step:
 
     @property
     def kind(self) -> str:
-        """quantize, prune or factorize."""
+        """quantize, prune, decompose or factorize."""
         if self.name in PRUNING:
             return "prune"
+        if self.name == DECOMPOSING:
+            return "decompose"
         return "factorize" if self.name in FACTORING else "quantize"
 
     @property
@@ -50,11 +53,16 @@ class Step:
 
 _Check = Callable[[float], bool]
 _SHARE: tuple[_Check, str] = (lambda value: 0 < value < 1, "a share above 0 and below 1")
+_COUNT: tuple[_Check, str] = (
+    lambda value: value >= 1 and value == int(value),
+    "a whole number of layers, at least 1",
+)
 _VALUES: dict[str, tuple[_Check, str]] = {
     "prune-weights": _SHARE,
     "prune-heads": _SHARE,
     "prune-neurons": _SHARE,
-    "prune-layers": (lambda v: v >= 1 and v == int(v), "a whole number of layers, at least 1"),
+    "prune-layers": _COUNT,
+    DECOMPOSING: _COUNT,
     "svd": _SHARE,
     "asvd": _SHARE,
 }
@@ -77,7 +85,7 @@ def parse_method(text: str) -> tuple[Step, ...]:
             )
         if step.kind == "quantize":
             quantized = step
-    for name in (*PRUNING, *FACTORING):
+    for name in (*PRUNING, *FACTORING, DECOMPOSING):
         if sum(step.name == name for step in steps) > 1:
             raise CompressionError(f"{name} twice; give it once, with the whole share")
     if len([step for step in steps if step.kind == "factorize"]) > 1:
@@ -109,6 +117,6 @@ def _parse(text: str) -> Step:
     if not check(number):
         raise CompressionError(
             f"{text}: {name} takes {what}, such as {name}="
-            + ("1" if name == "prune-layers" else "0.25")
+            + ("1" if _VALUES[name] is _COUNT else "0.25")
         )
     return Step(name, number)

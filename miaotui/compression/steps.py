@@ -141,6 +141,8 @@ def apply_step(
         if step.name == "asvd":
             statistics = input_statistics(workspace, batches, gram=True)
         done["ranks"] = factorize(workspace, step.value, statistics)
+    elif step.kind == "decompose":
+        workspace.decompose(int(step.value))
     elif step.name == "prune-layers":
         done["layers_taken_out"] = prune_layers(workspace, batches, int(step.value))
     else:
@@ -177,7 +179,7 @@ def check(steps: Sequence[Step], options: Options) -> None:
     if options.private and not recovers:
         raise CompressionError(
             "private questions are for recovery only; give --recover-steps, and a method that "
-            "prunes or factorises"
+            "prunes, factorises or decomposes"
         )
     if recovers and not options.private:
         needing.append("recovery")

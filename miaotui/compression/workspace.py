@@ -30,7 +30,10 @@ from miaotui.models.compressed import (
     describe_linear,
     is_quantized,
 )
-from miaotui.models.families import ExtractiveFamily, Skeleton
+from miaotui.models.decomposed import KEY as DECOMPOSED
+from miaotui.models.decomposed import divide
+from miaotui.models.errors import UnsupportedModelError
+from miaotui.models.families import ExtractiveFamily, Skeleton, build_config, find_family
 from miaotui.models.filling import fill_skeleton
 from miaotui.models.fingerprint import CACHE_FILE
 from miaotui.models.fused import Layer, LayerParts, encoder_layers, layer_parts
@@ -136,26 +139,50 @@ class Workspace:
     def drop_layer(self, index: int) -> None:
         """Take a layer out; those after it move up."""
         del self._layer_list[index]
+        if index < self.decomposed:
+            self.config[DECOMPOSED] = self.decomposed - 1
         key = "n_layers" if self.model_type == "distilbert" else "num_hidden_layers"
         self.config[key] = len(self._layer_list)
 
-    def embed(self, batch: StageBatch) -> torch.Tensor:
-        """Embeddings float32 [tokens, hidden_size]."""
-        assert self.skeleton.embedding is not None
-        assert batch.input_ids is not None
-        types = batch.token_type_ids
-        packed = PackedSequences.of(batch.lengths, torch.device("cpu"))
-        return self.skeleton.embedding(
-            batch.input_ids.long(), None if types is None else types.long(), packed
-        )
+    @property
+    def decomposed(self) -> int:
+        """So many of the first layers read question and passage apart."""
+        return int(self.config.get(DECOMPOSED, 0))
+
+    def decompose(self, layers: int) -> None:
+        """Let the first layers read question and passage apart.
+
+        Raises:
+            CompressionError: they do already, or the model has too few layers or no token types.
+        """
+        if self.decomposed:
+            raise CompressionError(
+                f"{self.directory}: its first {self.decomposed} layers read question and passage "
+                "apart already; decompose the model that it was made from"
+            )
+        changed = {**self.config, DECOMPOSED: layers}
+        config = build_config(changed, self.directory)
+        try:
+            find_family(self.model_type, self.directory).shape(config)
+        except UnsupportedModelError as error:
+            raise CompressionError(str(error)) from error
+        self.config = changed
 
     def hidden(self, batch: StageBatch, *, skip: int | None = None) -> torch.Tensor:
         """The last layer's output [tokens, hidden_size]; without layer `skip`."""
-        packed = PackedSequences.of(batch.lengths, torch.device("cpu"))
-        hidden = self.embed(batch)
+        assert self.skeleton.embedding is not None
+        assert batch.input_ids is not None
+        types = batch.token_type_ids
+        whole = PackedSequences.of(batch.lengths, torch.device("cpu"))
+        apart = whole
+        if self.decomposed:
+            parts = divide(batch.lengths, types)
+            apart = PackedSequences.of([part.tokens for part in parts], whole.device)
+        ids = batch.input_ids.long()
+        hidden = self.skeleton.embedding(ids, None if types is None else types.long(), apart)
         for index, step in enumerate(self._calls()):
             if index != skip:
-                hidden = step(hidden, packed)
+                hidden = step(hidden, apart if index < self.decomposed else whole)
         return hidden
 
     def logits(self, batch: StageBatch, *, skip: int | None = None) -> torch.Tensor:

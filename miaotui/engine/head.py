@@ -135,10 +135,11 @@ class Head:
         *,
         deadline: float = math.inf,
         trace: Mapping[str, str] | None = None,
+        salt: bytes = b"",
     ) -> Inference:
         """Computes a request's sequences; they may run in different batches.
 
-        `deadline` on `time.monotonic()`. Raises `QueueFullError`,
+        `deadline` on `time.monotonic()`. `salt`: see `Job`. Raises `QueueFullError`,
         `PipelineUnavailableError`, `DeadlineError` or `ComputeError`. Cancelling the call
         frees the work at every stage.
         """
@@ -146,7 +147,7 @@ class Head:
         # Callers may reuse their ids; the pipeline's must be unique while in flight.
         key = f"{request_id}#{next(self._request_ids)}"
         jobs = [
-            Job(SequenceMeta(key, index, len(ids), deadline, trace or {}), ids, types)
+            Job(SequenceMeta(key, index, len(ids), deadline, trace or {}), ids, types, salt)
             for index, (ids, types) in enumerate(sequences)
         ]
         self.scheduler.add(jobs)

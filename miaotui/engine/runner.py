@@ -118,10 +118,11 @@ def _stage_batch(batch: Batch, jobs: Sequence[Job] | None) -> StageBatch:
     if jobs is None:
         return StageBatch(lengths, hidden=batch.hidden)
     ids = torch.from_numpy(np.concatenate([job.input_ids for job in jobs]))
+    salts = [job.salt for job in jobs]
     if all(job.token_type_ids is None for job in jobs):
-        return StageBatch(lengths, input_ids=ids)
+        return StageBatch(lengths, input_ids=ids, salts=salts)
     types = torch.from_numpy(np.concatenate([_token_types(job) for job in jobs]))
-    return StageBatch(lengths, input_ids=ids, token_type_ids=types)
+    return StageBatch(lengths, input_ids=ids, token_type_ids=types, salts=salts)
 
 
 def _token_types(job: Job) -> npt.NDArray[np.uint8]:

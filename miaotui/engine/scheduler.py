@@ -32,6 +32,8 @@ class Job:
     """int32 [tokens]."""
     token_type_ids: npt.NDArray[np.uint8] | None
     """uint8 [tokens], or None where all are 0."""
+    salt: bytes = b""
+    """Only sequences of equal salt share what was computed of their passages."""
     attempts: int = 0
     """How often it was started before; a pipeline that breaks costs one."""
 

@@ -87,8 +87,13 @@ class ExplainStage:
         """Take a loaded stage of an extractive model.
 
         Raises:
-            UnsupportedModelError: its weights are quantised.
+            UnsupportedModelError: its weights are quantised, or it reads passages apart.
         """
+        if model.shape.decomposed_layers:
+            raise UnsupportedModelError(
+                f"{model.info.model_name} reads questions and passages apart, which explanations "
+                "do not follow; serve the model that it was made from to have answers explained"
+            )
         if is_quantized(model.skeleton.root):
             raise UnsupportedModelError(
                 f"{model.info.model_name} is quantised, and rounding has no gradients; serve the "

@@ -23,6 +23,7 @@ from miaotui.models.attention import PACKED_ATTENTION
 from miaotui.models.checkpoint import Checkpoint
 from miaotui.models.compressed import BLOCK, apply_compression
 from miaotui.models.decoder_families import DECODERS
+from miaotui.models.decomposed import decomposed_layers
 from miaotui.models.embedding import BertEmbedding, Embedding
 from miaotui.models.errors import CheckpointError, UnsupportedModelError
 from miaotui.models.layers import LayerRange
@@ -127,16 +128,19 @@ class ExtractiveFamily:
         offset = config.pad_token_id + 1 if self.padded_positions else 0
         # DistilBERT's own attribute names are mapped to these by transformers, this one is not.
         intermediate = getattr(config, "hidden_dim", None) or config.intermediate_size
+        layers = config.num_hidden_layers
+        types = config.type_vocab_size if self.token_types else 0
         return ModelShape(
             model_type=self.model_type,
-            layers=config.num_hidden_layers,
+            layers=layers,
             hidden_size=config.hidden_size,
             intermediate_size=intermediate,
             heads=config.num_attention_heads,
             vocab_size=config.vocab_size,
-            type_vocab_size=config.type_vocab_size if self.token_types else 0,
+            type_vocab_size=types,
             max_sequence_length=config.max_position_embeddings - offset,
             kind=self.kind,
+            decomposed_layers=decomposed_layers(config, layers=layers, token_types=types),
         )
 
     def check(self, checkpoint: Checkpoint) -> None:

@@ -40,17 +40,24 @@ def load_stage(
     kv_block_tokens: int = 16,
     kv_sharers: int = 1,
     task: Task = "auto",
+    passage_cache_bytes: int = 0,
 ) -> StageModel | DecoderStageModel | Seq2SeqStageModel:
     """Read a stage of the kind that the model's family is.
 
     Arguments and errors are those of `StageModel.load` and `WritingStage.load`; those about the
-    KV cache do not matter for extractive models.
+    KV cache do not matter for extractive models, and `passage_cache_bytes` matters for them only.
     """
     directory = Path(directory)
     family = find_family(read_config(directory).get("model_type"), directory, task)
     if family.kind != "generative":
         return StageModel.load(
-            directory, layers, dtype=dtype, device=device, fingerprint=fingerprint, task=task
+            directory,
+            layers,
+            dtype=dtype,
+            device=device,
+            fingerprint=fingerprint,
+            task=task,
+            passage_cache_bytes=passage_cache_bytes,
         )
     writer: type[DecoderStageModel | Seq2SeqStageModel] = DecoderStageModel
     if isinstance(family, Seq2SeqFamily):

@@ -18,6 +18,7 @@ import torch
 
 from miaotui.models.checkpoint import Checkpoint
 from miaotui.models.costs import ModelCosts, estimate_costs
+from miaotui.models.decomposed import check_held
 from miaotui.models.errors import PartitionError
 from miaotui.models.families import Family
 from miaotui.models.layers import LayerRange
@@ -113,9 +114,11 @@ def plan_stages(
             f"costs of {len(costs.layers)} layers were given for a model of {shape.layers}"
         )
     if isinstance(stages, int):
-        ranges = partition_layers(costs, stages)
+        ranges = partition_layers(costs, stages, together=shape.decomposed_layers)
     else:
         ranges = check_layers(stages, shape.layers)
+        for layers in ranges:
+            check_held(layers, shape.decomposed_layers)
     plans = []
     for index, layers in enumerate(ranges):
         cost = costs.of(layers)
@@ -125,24 +128,28 @@ def plan_stages(
     return Partition(tuple(plans), costs, str(compute).removeprefix("torch."), encoder_layers)
 
 
-def partition_layers(costs: ModelCosts, stages: int) -> list[LayerRange]:
+def partition_layers(costs: ModelCosts, stages: int, together: int = 0) -> list[LayerRange]:
     """Return the ranges of `stages` contiguous stages whose greatest cost is the least possible.
 
     Among all such, those whose costs have the least sum of squares, so that the other stages
-    balance too. Takes O(stages * layers^2) time.
+    balance too. The first `together` layers are the first stage's. Takes
+    O(stages * layers^2) time.
 
     Raises:
-        PartitionError: fewer than one stage, or more than there are layers.
+        PartitionError: fewer than one stage, or more than the layers allow.
     """
     count = len(costs.layers)
-    if not 1 <= stages <= count:
+    together = max(1, together)
+    most = count - together + 1
+    if not 1 <= stages <= most:
+        kept = f", the first {together} of which stay together," if together > 1 else ""
         raise PartitionError(
-            f"{stages} stages asked for; a model of {count} layers splits into 1 to {count}"
+            f"{stages} stages asked for; a model of {count} layers{kept} splits into 1 to {most}"
         )
-    worst = _best_cut(costs, stages, max, math.inf)[0]
+    worst = _best_cut(costs, stages, together, max, math.inf)[0]
     # The limit is loosened by what adding floats in another order can differ.
     limit = worst * (1 + 1e-12)
-    cuts = _best_cut(costs, stages, lambda left, cost: left + cost * cost, limit)[1]
+    cuts = _best_cut(costs, stages, together, lambda left, cost: left + cost * cost, limit)[1]
     return [LayerRange(first, end) for first, end in pairwise(cuts)]
 
 
@@ -182,15 +189,22 @@ def check_layers(ranges: Sequence[LayerRange], layers: int) -> list[LayerRange]:
 
 
 def _best_cut(
-    costs: ModelCosts, stages: int, combine: Callable[[float, float], float], limit: float
+    costs: ModelCosts,
+    stages: int,
+    together: int,
+    combine: Callable[[float, float], float],
+    limit: float,
 ) -> tuple[float, list[int]]:
-    """Minimise a cost combined over stages, none above `limit`; return it and the cuts."""
+    """Minimise a cost combined over stages, none above `limit`; return it and the cuts.
+
+    The first stage has `together` layers at least.
+    """
     count = len(costs.layers)
     best = [[math.inf] * (count + 1) for _ in range(stages + 1)]
     cut = [[0] * (count + 1) for _ in range(stages + 1)]
     best[0][0] = 0.0
     for stage in range(1, stages + 1):
-        for end in range(stage, count - (stages - stage) + 1):
+        for end in range(together + stage - 1, count - (stages - stage) + 1):
             for first in range(stage - 1, end):
                 cost = costs.of(LayerRange(first, end))
                 if cost > limit or math.isinf(best[stage - 1][first]):

@@ -42,7 +42,8 @@ class ModelShape:
     whether the feed-forward layer has a third matrix, and `tied`, whether the language-model
     head is the embedding table. Of encoder-decoder models: `source`, the encoder's dimensions;
     `layers` are the encoder's and then the decoder's, `hidden_size` is that of the wider, which
-    travels between stages, and all else is the decoder's.
+    travels between stages, and all else is the decoder's. Of extractive models:
+    `decomposed_layers`, so many of the first read question and passage apart.
     """
 
     model_type: str
@@ -58,4 +59,5 @@ class ModelShape:
     head_dim: int = 0
     gated: bool = False
     tied: bool = False
+    decomposed_layers: int = 0
     source: SourceShape | None = None

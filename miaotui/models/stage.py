@@ -11,16 +11,19 @@ import torch
 from miaotui.models.attention import PackedSequences
 from miaotui.models.checkpoint import Checkpoint
 from miaotui.models.compressed import is_quantized
+from miaotui.models.decomposed import PassageCache, read_apart
 from miaotui.models.errors import BatchError, UnsupportedModelError
 from miaotui.models.families import ExtractiveFamily, MeanPooling, Skeleton
 from miaotui.models.filling import fill_skeleton
-from miaotui.models.fused import encoder_layers, takes_round_rows
+from miaotui.models.fused import Layer, encoder_layers, takes_round_rows
 from miaotui.models.layers import LayerRange
 from miaotui.models.memory import trim_heap
 from miaotui.models.packed import MOST_ROWS, rounded_rows
 from miaotui.models.precision import resolve_device, resolve_dtype
 from miaotui.models.shape import ModelShape, Task
 from miaotui.models.stage_info import StageInfo, held_layers, inspect_model, parameter_bytes
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +32,15 @@ class StageBatch:
 
     `input_ids` and (optional) `token_type_ids`, integer [tokens], for the first stage;
     `hidden`, [tokens, hidden_size] of any floating-point type, for the others. `lengths` are
-    the sequences' tokens, in order.
+    the sequences' tokens, in order. `salts`, one a sequence, for the first stage of a model
+    that reads passages apart: only sequences of equal salt share what was computed; None: all.
     """
 
     lengths: Sequence[int]
     input_ids: torch.Tensor | None = None
     token_type_ids: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
+    salts: Sequence[bytes] | None = None
 
 
 class StageModel:
@@ -49,9 +54,11 @@ class StageModel:
         *,
         fuse: bool = True,
         attention: torch.dtype = torch.float32,
+        passages: PassageCache | None = None,
     ) -> None:
         """Take loaded modules; use `load` instead."""
         self.info = info
+        self.passages = passages
         self.shape = shape
         self._skeleton = skeleton
         self._device = torch.device(info.device)
@@ -60,6 +67,8 @@ class StageModel:
             skeleton.layers, shape.model_type, shape.heads, fuse=fuse, attention=attention
         )
         self._rounds = takes_round_rows(self._steps)
+        apart = max(0, shape.decomposed_layers - info.first_layer)
+        self._apart, self._together = self._steps[:apart], self._steps[apart:]
 
     @classmethod
     def load(
@@ -72,6 +81,7 @@ class StageModel:
         fingerprint: str | None = None,
         fuse: bool = True,
         task: Task = "auto",
+        passage_cache_bytes: int = 0,
     ) -> StageModel:
         """Read a stage from a Hugging Face model directory: its own tensors and no others.
 
@@ -86,11 +96,13 @@ class StageModel:
             fingerprint: the model's, where it is known already; None: computed or cached.
             fuse: on a CPU, compute by `miaotui.models.fused` instead of transformers' layers.
             task: "embed": the last stage returns vectors of texts, whatever head there is.
+            passage_cache_bytes: what the first stage of a model that reads passages apart
+                (`decomposed`) may keep of them; others keep nothing.
 
         Raises:
             UnsupportedModelError: not a family or head that can be served.
             CheckpointError: files are missing, damaged or do not belong together.
-            PartitionError: the model has no such layers.
+            PartitionError: the model has no such layers, or these must stay with others.
             ValueError: no such dtype or device.
         """
         directory = Path(directory)
@@ -123,7 +135,10 @@ class StageModel:
             parameter_bytes=size,
             model_parameter_bytes=whole_size,
         )
-        stage = cls(skeleton, shape, info, fuse=fuse, attention=attention)
+        passages = None
+        if shape.decomposed_layers and info.is_first and passage_cache_bytes:
+            passages = PassageCache(passage_cache_bytes)
+        stage = cls(skeleton, shape, info, fuse=fuse, attention=attention, passages=passages)
         trim_heap()
         return stage
 
@@ -143,12 +158,12 @@ class StageModel:
         if self._skeleton.embedding is not None:
             if batch.input_ids is None:
                 raise BatchError("the first stage takes input_ids, and got none")
-            hidden = self._embed(batch.input_ids, batch.token_type_ids, packed)
+            hidden = self._begin(batch, batch.input_ids, packed)
         elif batch.hidden is None:
             raise BatchError(f"the stage of layers {self._range} takes hidden, and got none")
         else:
             hidden = self._accept(batch.hidden, packed)
-        hidden = self._layers(hidden, packed)
+        hidden = self._layers(hidden, packed, self._together)
         if self._skeleton.head is None:
             return hidden
         if isinstance(self._skeleton.head, MeanPooling):
@@ -178,7 +193,7 @@ class StageModel:
             BatchError: lengths or shape do not fit.
         """
         packed = self._pack(lengths)
-        return self._layers(self._accept(hidden, packed), packed)
+        return self._layers(self._accept(hidden, packed), packed, self._steps)
 
     @torch.inference_mode()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -240,30 +255,60 @@ class StageModel:
         expected = (packed.offsets[-1], self.info.hidden_size)
         return accept_hidden(hidden, expected, self._device, self._dtype)
 
-    def _layers(self, hidden: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
+    def _begin(
+        self, batch: StageBatch, input_ids: torch.Tensor, packed: PackedSequences
+    ) -> torch.Tensor:
+        """What the layers that read question and passage together take."""
+        types = batch.token_type_ids
+        if not self._apart:
+            return self._embed(input_ids, types, packed)
+        # Before the batch is cut into parts, whose sizes would not say what is wrong.
+        accept_ids(input_ids, "input_ids", self.shape.vocab_size, packed.offsets[-1], _CPU)
+        if types is not None:
+            accept_ids(
+                types, "token_type_ids", self.shape.type_vocab_size, packed.offsets[-1], _CPU
+            )
+        return read_apart(
+            input_ids, types, batch.lengths, self._read_parts, self.passages, batch.salts
+        )
+
+    def _read_parts(
+        self,
+        input_ids: torch.Tensor,
+        token_type_ids: torch.Tensor | None,
+        lengths: Sequence[int],
+    ) -> torch.Tensor:
+        parts = self._pack(lengths)
+        return self._layers(self._embed(input_ids, token_type_ids, parts), parts, self._apart)
+
+    def _layers(
+        self, hidden: torch.Tensor, packed: PackedSequences, steps: Sequence[Layer]
+    ) -> torch.Tensor:
         if not self._rounds:
-            return self._through(hidden, packed)
+            return _through(steps, hidden, packed)
         groups = packed.groups(MOST_ROWS)
         parts = hidden.split([group.offsets[-1] for group in groups])
-        done = [self._rounded(*part) for part in zip(parts, groups, strict=True)]
+        done = [_rounded(steps, *part) for part in zip(parts, groups, strict=True)]
         return done[0] if len(done) == 1 else torch.cat(done)
-
-    def _rounded(self, hidden: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
-        tokens = len(hidden)
-        if extra := rounded_rows(tokens) - tokens:
-            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, extra))
-        return self._through(hidden, packed)[:tokens]
-
-    def _through(self, hidden: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
-        for step in self._steps:
-            hidden = step(hidden, packed)
-        return hidden
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._skeleton.head is None:
             raise BatchError(f"the stage of layers {self._range} has no head")
         logits: torch.Tensor = self._skeleton.head(hidden.to(torch.float32))
         return logits
+
+
+def _rounded(steps: Sequence[Layer], hidden: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
+    tokens = len(hidden)
+    if extra := rounded_rows(tokens) - tokens:
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, extra))
+    return _through(steps, hidden, packed)[:tokens]
+
+
+def _through(steps: Sequence[Layer], hidden: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
+    for step in steps:
+        hidden = step(hidden, packed)
+    return hidden
 
 
 def accept_ids(

@@ -10,6 +10,7 @@ import torch
 
 from miaotui.models.checkpoint import Checkpoint
 from miaotui.models.compressed import compressed_modules
+from miaotui.models.decomposed import check_held
 from miaotui.models.errors import PartitionError
 from miaotui.models.families import Family, StageSkeleton, build_config, find_family
 from miaotui.models.fingerprint import model_fingerprint
@@ -108,10 +109,11 @@ def held_layers(directory: Path, layers: LayerRange | None, shape: ModelShape) -
     """Return the layers asked for; all where that is None.
 
     Raises:
-        PartitionError: the model has no such layers.
+        PartitionError: the model has no such layers, or these must stay with others.
     """
     if layers is None:
         return LayerRange(0, shape.layers)
+    check_held(layers, shape.decomposed_layers)
     if layers.end > shape.layers:
         raise PartitionError(
             f"{directory}: layers {layers} asked for, the model has {shape.layers} "

@@ -448,8 +448,13 @@ class InferRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SEQUENCES_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Identifies the request at every stage."""
+    cache_salt: _builtins.bytes
+    """Only requests of equal salt share what a model that reads passages apart has computed of
+    them: what one tenant asked does not show in another's times. At most 64 bytes.
+    """
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenSequence]:
         """Sequences to compute; each may run in another batch."""
@@ -459,10 +464,11 @@ class InferRequest(_message.Message):
         *,
         request_id: _builtins.str = ...,
         sequences: _abc.Iterable[Global___TokenSequence] | None = ...,
+        cache_salt: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "sequences", b"sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "request_id", b"request_id", "sequences", b"sequences"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,13 +8,19 @@ from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Observation
 
 from miaotui.engine.decode.pool import GenerationPool
+from miaotui.models.decomposed import PassageCache
 from miaotui.v1 import shard_pb2 as pb
 from services.shard.stage import Stage
 
 
-def observe(stage: Stage) -> None:
-    """Registers the stage's gauges; they are read whenever metrics are collected."""
+def observe(stage: Stage, passages: PassageCache | None = None) -> None:
+    """Registers the stage's gauges; they are read whenever metrics are collected.
+
+    `passages`: what it keeps, where its model reads passages apart.
+    """
     labels = {"miaotui.stage": stage.info.index}
+    if passages is not None:
+        _observe_passages(passages, labels)
 
     def gauge(name: str, unit: str, description: str, read: Callable[[], int]) -> None:
         def callback(_: CallbackOptions) -> Iterable[Observation]:
@@ -69,4 +75,25 @@ def observe(stage: Stage) -> None:
         "1",
         "1 where the stage serves; 0 where it waits for a neighbour, fits none, or drains",
         lambda: int(stage.status()[0] == pb.STAGE_STATUS_SERVING),
+    )
+
+
+def _observe_passages(passages: PassageCache, labels: dict[str, int]) -> None:
+    meter = metrics.get_meter("miaotui.shard")
+
+    def lookups(_: CallbackOptions) -> Iterable[Observation]:
+        yield Observation(passages.hits, {**labels, "miaotui.cache.result": "hit"})
+        yield Observation(passages.misses, {**labels, "miaotui.cache.result": "miss"})
+
+    meter.create_observable_counter(
+        "miaotui.stage.passages",
+        callbacks=[lookups],
+        unit="{passage}",
+        description="Passages that the first layers' results were there of, and were not",
+    )
+    meter.create_observable_gauge(
+        "miaotui.stage.passages.bytes",
+        callbacks=[lambda _: [Observation(passages.held_bytes, labels)]],
+        unit="By",
+        description="Results of the first layers that are kept of passages",
     )

@@ -250,7 +250,7 @@ async def serve_shard(settings: ShardSettings) -> None:
     model = await asyncio.to_thread(_load, settings)
     server = RpcServer(SERVICE, EXPLAIN_SERVICE)
     stage = build_stage(settings, model, server)
-    observe(stage)
+    observe(stage, model.passages if isinstance(model, StageModel) else None)
     servicer = ShardServicer(
         stage,
         max_request_sequences=settings.max_request_sequences,
@@ -301,6 +301,7 @@ def _load(settings: ShardSettings) -> AnyStageModel:
         kv_block_tokens=settings.kv_block_tokens,
         kv_sharers=settings.colocated,
         task=settings.task,
+        passage_cache_bytes=settings.passage_cache_bytes,
     )
     log.info(
         "%.1f of %.1f MB of parameters, %s on %s",

@@ -28,6 +28,7 @@ from miaotui.v1 import shard_pb2_grpc
 from services.rpc.calls import CallError, CallServer
 from services.rpc.streaming_server import SingleCall, StreamedCallServer
 from services.shard.convert import timings_to_proto
+from services.shard.generate import MAX_SALT_BYTES
 from services.shard.generation import STATUS_OF_ERROR, Generation, refusal
 from services.shard.lane import ForwardContext
 from services.shard.stage import Stage
@@ -140,6 +141,11 @@ class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"sequences: {len(request.sequences)}; a request takes 1 to {self._max_sequences}",
             )
+        if len(request.cache_salt) > MAX_SALT_BYTES:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"cache_salt: {len(request.cache_salt)} bytes; at most {MAX_SALT_BYTES}",
+            )
         try:
             sequences = [
                 read_sequence(message, stage.info, index, self._token_types)
@@ -151,7 +157,11 @@ class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
         deadline = math.inf if remaining is None else time.monotonic() + remaining
         try:
             result = await head.infer(
-                request.request_id, sequences, deadline=deadline, trace=inject_context()
+                request.request_id,
+                sequences,
+                deadline=deadline,
+                trace=inject_context(),
+                salt=request.cache_salt,
             )
         except (QueueFullError, PipelineUnavailableError, DeadlineError, ComputeError) as error:
             await context.abort(STATUS_OF_ERROR[type(error)], str(error))

@@ -128,6 +128,12 @@ class ShardSettings(InnerSettings):
         gt=0,
         description="Seconds without a result after which stage 0 gives its work to another lane",
     )
+    passage_cache_bytes: int = Field(
+        256 * 1024 * 1024,
+        ge=0,
+        description="Stage 0 of a model that reads passages apart: for what it has computed of "
+        "them; 0: nothing is kept",
+    )
     inbox_batches: int = Field(4, ge=1, description="Batches that may wait at a later stage")
     part_bytes: int = Field(
         16 * 1024 * 1024,
