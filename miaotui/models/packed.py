@@ -36,7 +36,17 @@ def can_pack(weight: torch.Tensor) -> bool:
         and weight.numel() >= _PACKED_ELEMENTS
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and _computes(weight.dtype)
     )
+
+
+def _computes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products of this type for this CPU; without AVX512 not of halves."""
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype is torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
 
 
 class PackedLinear(nn.Module):
