@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import logging
 import math
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -106,6 +107,7 @@ class Head:
         self._tasks: set[asyncio.Task[None]] = set()
         self._batch_ids = itertools.count(1)
         self._request_ids = itertools.count(1)
+        self._instance = secrets.token_hex(4)
         self._pipeline = Readiness(settings.grace, self._fail_all)
 
     @property
@@ -144,8 +146,9 @@ class Head:
         frees the work at every stage.
         """
         self._pipeline.check()
-        # Callers may reuse their ids; the pipeline's must be unique while in flight.
-        key = f"{request_id}#{next(self._request_ids)}"
+        # Callers may reuse their ids, and try again at another replica of this stage; the
+        # pipeline's must be unique, or the one's cancellation would end the other's work.
+        key = f"{request_id}#{self._instance}.{next(self._request_ids)}"
         jobs = [
             Job(SequenceMeta(key, index, len(ids), deadline, trace or {}), ids, types, salt)
             for index, (ids, types) in enumerate(sequences)

@@ -276,3 +276,24 @@ def test_a_burst_is_spread_over_the_stages() -> None:
     scheduler = _scheduler(stages=3, batch_tokens=1000, min_batch_tokens=10)
     scheduler.add([Job(SequenceMeta(str(i), 0, 30), _ids(*range(30)), None) for i in range(9)])
     assert len(scheduler.next_batch()) == 3
+
+
+async def test_a_call_given_up_at_one_replica_does_not_end_its_next_try_at_another() -> None:
+    """Replicas of stage 0 share the stages behind, and a caller who tries again keeps its id."""
+    first, second = (Ring(HeadSettings(max_in_flight=3)) for _ in range(2))
+    behind = CancelledSet()
+    for ring in (first, second):
+        ring.head.pipeline_up()
+    given_up = asyncio.create_task(first.head.infer("one-id", [(_ids(1), None)]))
+    await _settle()
+    given_up.cancel()
+    await _settle()
+    for request_id in first.cancelled:
+        behind.add(request_id)
+    again = asyncio.create_task(second.head.infer("one-id", [(_ids(2), None)]))
+    await _settle()
+    for batch in (*first.sent, *second.sent):
+        drop_unwanted(batch, behind)
+    assert [len(batch.sequences) for batch in (*first.sent, *second.sent)] == [0, 1]
+    second.answer()
+    assert (await again).logits[0][:, 0].tolist() == [2]
