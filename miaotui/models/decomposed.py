@@ -174,7 +174,7 @@ def read_apart(
     Args:
         input_ids: integer [tokens], on the CPU; likewise `token_type_ids` (None: all 0).
         lengths: the sequences' tokens, in order.
-        compute: called once, with all parts that must be computed, the shortest first.
+        compute: called once at most, with all parts that must be computed.
         cache: keeps passages; None: all are computed.
         salts: a sequence each; only sequences of equal salt share a passage. None: all do.
     """

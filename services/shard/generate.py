@@ -23,6 +23,12 @@ MAX_STOP_TOKENS = 1024
 MAX_SALT_BYTES = 64
 
 
+def check_salt(salt: bytes) -> None:
+    """Refuse a salt longer than any that keeps tenants apart; raises `InvalidFieldError`."""
+    if len(salt) > MAX_SALT_BYTES:
+        raise InvalidFieldError(f"cache_salt: {len(salt)} bytes; at most {MAX_SALT_BYTES}")
+
+
 def read_request(
     message: pb.GenerateRequest, *, vocabulary: int, context: int
 ) -> GenerationRequest:
@@ -45,10 +51,7 @@ def read_request(
         raise InvalidFieldError(f"stop_token_ids: {len(stops)}; at most {MAX_STOP_TOKENS}")
     if stops and max(stops) >= vocabulary:
         raise InvalidFieldError(f"stop_token_ids: ids must lie from 0 to {vocabulary - 1}")
-    if len(message.cache_salt) > MAX_SALT_BYTES:
-        raise InvalidFieldError(
-            f"cache_salt: {len(message.cache_salt)} bytes; at most {MAX_SALT_BYTES}"
-        )
+    check_salt(message.cache_salt)
     sampling = read_sampling(message.sampling, vocabulary)
     if sampling.json_schema:
         # Here, because the last stage, which follows it, can refuse nothing any more.

@@ -28,9 +28,10 @@ from miaotui.v1 import shard_pb2_grpc
 from services.rpc.calls import CallError, CallServer
 from services.rpc.streaming_server import SingleCall, StreamedCallServer
 from services.shard.convert import timings_to_proto
-from services.shard.generate import MAX_SALT_BYTES
+from services.shard.generate import check_salt
 from services.shard.generation import STATUS_OF_ERROR, Generation, refusal
 from services.shard.lane import ForwardContext
+from services.shard.sampling import InvalidFieldError
 from services.shard.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -141,17 +142,13 @@ class ShardServicer(shard_pb2_grpc.ShardServiceServicer):
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"sequences: {len(request.sequences)}; a request takes 1 to {self._max_sequences}",
             )
-        if len(request.cache_salt) > MAX_SALT_BYTES:
-            await context.abort(
-                grpc.StatusCode.INVALID_ARGUMENT,
-                f"cache_salt: {len(request.cache_salt)} bytes; at most {MAX_SALT_BYTES}",
-            )
         try:
+            check_salt(request.cache_salt)
             sequences = [
                 read_sequence(message, stage.info, index, self._token_types)
                 for index, message in enumerate(request.sequences)
             ]
-        except InvalidSequenceError as error:
+        except (InvalidFieldError, InvalidSequenceError) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         remaining = context.time_remaining()
         deadline = math.inf if remaining is None else time.monotonic() + remaining
