@@ -6,6 +6,7 @@
 #   TORCH=…     another PyTorch than the lock file's, such as TORCH=torch==2.13.0+cu130
 #   PIP_ARGS=…  more arguments to pip, such as an index that has the build you want
 #   ARGS=…      arguments to what a target runs: `make run ARGS="--stages 3"`
+#   WORKERS=…   processes that run the tests (default 2: they wait as often as they compute)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -19,6 +20,7 @@ LOCK := requirements.lock
 TORCH ?= $(shell grep -s '^torch==' $(LOCK))
 PIP_ARGS ?=
 ARGS ?=
+WORKERS ?= 2
 # Writes the hashes into the lock file.
 LOCKER := uv==0.13.9
 # The contract; protoc makes miaotui/v1 of it.
@@ -46,7 +48,7 @@ run: $(STAMP) ## Install, start all services, ask two questions, run until Ctrl-
 	@$(BIN)/miaotui up --demo $(ARGS)
 
 test: lint redis chromium ## Install, check the code, run all tests.
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## Check style, types, protos and that the stubs are up to date.
 	$(BIN)/ruff check .

@@ -44,10 +44,19 @@ _nursery: Nursery | None = None
 _given: set[int] = set()
 
 
+def _own_ports() -> range:
+    """Below the range from which the kernel takes ports for clients; a pytest worker's alone."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    each = 12_000 // workers
+    return range(20_000 + worker * each, 20_000 + (worker + 1) * each)
+
+
 def free_port() -> int:
-    """A free port below the range from which the kernel takes ports for clients."""
+    """A free port that is given once."""
+    ports = _own_ports()
     for _ in range(200):
-        port = random.randint(20_000, 31_999)
+        port = random.choice(ports)
         if port in _given:
             continue
         with socket.socket() as probe:
@@ -58,7 +67,7 @@ def free_port() -> int:
                 continue
             _given.add(port)
             return port
-    raise AssertionError("no free port between 20000 and 31999")
+    raise AssertionError(f"no free port between {ports[0]} and {ports[-1]}")
 
 
 def clean_environment() -> dict[str, str]:
