@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -86,6 +86,7 @@ class ComputeWorker:
         colocated_stages: int = 1,
         cores: int | None = None,
         prepare: Callable[[], object] | None = None,
+        rehearse: Callable[[], Iterator[object]] | None = None,
         name: str = "compute",
     ) -> None:
         """Start the thread.
@@ -97,6 +98,8 @@ class ComputeWorker:
             cores: cores that they share; None: those that this process may use.
             prepare: called once on the thread, before the first batch; `StageModel.warm_up`
                 here spares the first request the set-up of threads and kernels.
+            rehearse: more of that, in steps; made once for every number of threads that a
+                batch may get, and advanced on the thread while nothing waits.
             name: the thread's name, for debuggers and profilers.
 
         Raises:
@@ -113,6 +116,7 @@ class ComputeWorker:
         self.cores = cores
         self._model = model
         self._prepare = prepare
+        self._rehearsal = self._rehearse(rehearse) if rehearse is not None else iter(())
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -192,11 +196,35 @@ class ComputeWorker:
             except Exception:
                 # Not fatal here: a batch that hits the same trouble reports it to its caller.
                 log.exception("the compute thread could not warm up")
-        while (job := self._next()) is not None:
+        while True:
+            while not self._jobs and not self._closed and next(self._rehearsal, None):
+                pass
+            if (job := self._next()) is None:
+                return
             if job.future.set_running_or_notify_cancel():
                 self._compute(job)
             # The tensors are the caller's: this thread must not keep them alive while idle.
             del job
+
+    def _rehearse(self, rehearse: Callable[[], Iterator[object]]) -> Iterator[bool]:
+        """Yield True after each step. Fewer threads come last: a lone batch has most."""
+        shares = {
+            threads_for(n, self.colocated_stages, self.cores)
+            for n in range(1, 1 + self.colocated_stages)
+        }
+        try:
+            for threads in sorted(shares, reverse=True):
+                steps = rehearse()
+                while True:
+                    # Batches in between may have got another number.
+                    self._use(threads)
+                    try:
+                        next(steps)
+                    except StopIteration:
+                        break
+                    yield True
+        except Exception:
+            log.exception("the compute thread could not rehearse")
 
     def _next(self) -> _Job | None:
         with self._changed:
@@ -212,10 +240,14 @@ class ComputeWorker:
         started = time.monotonic()
         threads = threads_for(job.in_flight, self.colocated_stages, self.cores)
         try:
-            if threads != torch.get_num_threads():
-                torch.set_num_threads(threads)
+            self._use(threads)
             output = self._model.run(job.batch)
         except Exception as error:  # noqa: BLE001 - whoever waits for the batch gets it
             job.future.set_exception(error)
             return
         job.future.set_result(Computed(output, job.submitted, started, time.monotonic(), threads))
+
+    @staticmethod
+    def _use(threads: int) -> None:
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)

@@ -121,6 +121,15 @@ def takes_round_rows(layers: Sequence[Layer]) -> bool:
     )
 
 
+def distinct(layers: Sequence[Layer]) -> list[Layer]:
+    """Return one of those layers that are computed by the same kernels."""
+    return list(
+        {
+            layer.shapes if isinstance(layer, FusedLayer) else layer: layer for layer in layers
+        }.values()
+    )
+
+
 def layer_parts(layer: nn.Module, model_type: str) -> LayerParts:
     """Return the modules of a layer of an extractive family.
 
@@ -168,6 +177,8 @@ class FusedLayer:
         products = (self._inputs, self._attention_out, self._up, self._down)
         self.packed = any(product.packed for product in products)
         """Whether oneDNN computes its products."""
+        self.shapes = tuple(product.shape for product in products)
+        """Outputs and inputs of each product."""
 
     def __call__(self, hidden: torch.Tensor, packed: PackedSequences) -> torch.Tensor:
         """Return the layer's output for [rows, hidden_size], which is kept.
@@ -193,6 +204,7 @@ class _Product:
         bias = torch.cat([module.bias.detach() for module in modules])
         ends = list(accumulate(module.out_features for module in modules))
         begins = [0, *ends]
+        self.shape = tuple(weight.shape)
         self._packed = PackedLinear(weight, bias) if can_pack(weight) else None
         if self._packed is not None:
             for module, begin, end in zip(modules, begins, ends, strict=False):

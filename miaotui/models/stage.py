@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from miaotui.models.decomposed import PassageCache, read_apart
 from miaotui.models.errors import BatchError, UnsupportedModelError
 from miaotui.models.families import ExtractiveFamily, MeanPooling, Skeleton
 from miaotui.models.filling import fill_skeleton
-from miaotui.models.fused import Layer, encoder_layers, takes_round_rows
+from miaotui.models.fused import Layer, distinct, encoder_layers, takes_round_rows
 from miaotui.models.layers import LayerRange
 from miaotui.models.memory import trim_heap
 from miaotui.models.packed import MOST_ROWS, rounded_rows
@@ -218,6 +218,23 @@ class StageModel:
         else:
             batch = StageBatch(lengths, hidden=torch.zeros(tokens, self.info.hidden_size))
         self.run(batch)
+
+    def rehearse(self) -> Iterator[int]:
+        """Compute made-up tokens in every number of rows that requests will come in.
+
+        Yields each, once the kernels for it are there (`packed.rounded_rows`); nothing where
+        kernels take any number.
+        """
+        if not self._rounds:
+            return
+        rows = sorted({rounded_rows(tokens) for tokens in range(1, MOST_ROWS + 1)})
+        layers = distinct(self._steps)
+        for count in rows:
+            with torch.inference_mode():
+                hidden = torch.zeros(count, self.info.hidden_size, dtype=self._dtype)
+                for layer in layers:
+                    layer(hidden, PackedSequences.of([count], self._device))
+            yield count
 
     @property
     def _range(self) -> LayerRange:

@@ -116,7 +116,12 @@ def build_stage(settings: ShardSettings, model: AnyStageModel, server: RpcServer
     stages = len(settings.addresses)
     info = stage_info(model, settings)
     runner = StageRunner(
-        ComputeWorker(model, colocated_stages=settings.colocated, prepare=model.warm_up),
+        ComputeWorker(
+            model,
+            colocated_stages=settings.colocated,
+            prepare=model.warm_up,
+            rehearse=model.rehearse if isinstance(model, StageModel) else None,
+        ),
         stage=settings.stage,
     )
     stage = Stage(
