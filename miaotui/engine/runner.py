@@ -17,7 +17,7 @@ from miaotui.engine.decode.share import KvShare
 from miaotui.engine.decode.types import DecodeSlice, TokenIds
 from miaotui.engine.observe import StageObserver
 from miaotui.engine.scheduler import Job
-from miaotui.engine.worker import ComputeWorker
+from miaotui.engine.worker import Computed, ComputeWorker
 from miaotui.models.errors import BatchError
 from miaotui.models.stage import StageBatch
 from miaotui.models.writing_stage import DecoderBatch
@@ -96,11 +96,15 @@ class StageRunner:
                 tokens=batch.tokens,
             )
         )
+        # Once the batch is on its way: what is reported keeps a lone request waiting otherwise.
+        asyncio.get_running_loop().call_soon(self._report, batch, done)
+        return done.output
+
+    def _report(self, batch: Batch, done: Computed) -> None:
         try:
             self.observer.computed(batch, done.started, done.finished)
         except Exception:
             log.exception("stage %d could not report batch %d", self.stage, batch.batch_id)
-        return done.output
 
     def _prune(self, batch: Batch, cancelled: CancelledSet) -> None:
         known = len(batch.dropped)

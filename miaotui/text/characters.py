@@ -104,6 +104,18 @@ def kinds(text: str) -> Kinds:
     return table()[code_points(text)]
 
 
+def spaces(text: str) -> NDArray[np.bool_]:
+    """Which characters are white space: bool `[characters]`."""
+    if text.isascii():
+        return _ascii_spaces()[np.frombuffer(text.encode(), np.uint8)]
+    return (kinds(text) & Kind.SPACE).astype(np.bool_)
+
+
+@cache
+def _ascii_spaces() -> NDArray[np.bool_]:
+    return (table()[:128] & Kind.SPACE).astype(np.bool_)
+
+
 @cache
 def table() -> Kinds:
     """`Kind` of every code point, uint32 `[0x110000]`; built once in about 0.3 s."""

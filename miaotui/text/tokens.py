@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miaotui.text.alignment import AlignedText, IntArray
-from miaotui.text.characters import Kind, kinds
+from miaotui.text.characters import spaces
 from miaotui.text.errors import MalformedTokensError, TokenRangeError
 from miaotui.text.graphemes import widen
 
@@ -70,7 +70,7 @@ def _trim(text: str, starts: IntArray, ends: IntArray) -> tuple[IntArray, IntArr
     """Takes white space off both ends; nothing but white space becomes empty, at its end."""
     if len(starts) == 0 or not text:
         return starts, ends
-    space = (kinds(text) & Kind.SPACE) != 0
+    space = spaces(text)
     last = np.maximum(ends - 1, 0)
     if not (space[np.minimum(starts, len(text) - 1)] | space[last]).any():
         return starts, ends

@@ -50,8 +50,8 @@ def make(fake: Fake) -> Iterator[Callable[..., ComputeWorker]]:
     threads = torch.get_num_threads()
     workers: list[ComputeWorker] = []
 
-    def build(**settings: int) -> ComputeWorker:
-        workers.append(ComputeWorker(fake, **settings))  # type: ignore[arg-type]
+    def build(**settings: Any) -> ComputeWorker:
+        workers.append(ComputeWorker(fake, **settings))
         return workers[-1]
 
     yield build
@@ -283,3 +283,52 @@ def test_an_event_loop_does_not_start_a_team_of_its_own() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "0"]
+
+
+def test_rehearsals_wait_for_work(fake: Fake, make: Callable[..., ComputeWorker]) -> None:
+    computed: list[int] = []
+    going, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def rehearse() -> Iterator[int]:
+        for step in range(3):
+            going.set()
+            assert go_on.wait(60)
+            computed.append(len(fake.seen))
+            yield step
+        ended.set()
+
+    worker = make(rehearse=rehearse, cores=1)
+    assert going.wait(60)
+    done = worker.submit(StageBatch([7]))
+    assert not done.done()
+    go_on.set()
+    assert done.result(60).output.item() == 7
+    assert ended.wait(60)
+    # The batch waited for the step that was going on, and no other.
+    assert computed == [0, 1, 1]
+
+
+def test_every_number_of_threads_is_rehearsed(make: Callable[..., ComputeWorker]) -> None:
+    steps: list[tuple[int, int]] = []
+    ended = threading.Event()
+
+    def rehearse() -> Iterator[int]:
+        for step in range(2):
+            steps.append((step, torch.get_num_threads()))
+            yield step
+        if steps[-1] == (1, 1):
+            ended.set()
+
+    worker = make(rehearse=rehearse, cores=2, colocated_stages=3)
+    assert ended.wait(60)
+    assert steps == [(0, 2), (1, 2), (0, 1), (1, 1)]
+    assert worker.submit(StageBatch([5])).result(60).output.item() == 5
+
+
+def test_a_failed_rehearsal_leaves_the_worker_alive(make: Callable[..., ComputeWorker]) -> None:
+    def rehearse() -> Iterator[int]:
+        yield 0
+        raise RuntimeError("broken")
+
+    worker = make(rehearse=rehearse)
+    assert worker.submit(StageBatch([5])).result(60).output.item() == 5

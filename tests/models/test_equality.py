@@ -138,6 +138,17 @@ def test_few_numbers_of_rows_reach_the_kernels(
     assert rows == {8, 24, 40, 112, 304, 336}
 
 
+def test_all_numbers_of_rows_are_rehearsed(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = StageModel.load(checkpoints["bert"], device="cpu", dtype="float32")
+    assert not list(plain.rehearse())  # its products are too small to be packed
+    monkeypatch.setattr(packed, "_PACKED_ELEMENTS", 0)
+    stage = StageModel.load(checkpoints["bert"], device="cpu", dtype="float32")
+    every = sorted({rounded_rows(tokens) for tokens in range(1, packed.MOST_ROWS + 1)})
+    assert list(stage.rehearse()) == every
+
+
 def test_rounded_rows() -> None:
     rounded = [rounded_rows(tokens) for tokens in range(1, 1025)]
     assert all(tokens <= rows for tokens, rows in enumerate(rounded, 1))
