@@ -13,7 +13,7 @@ import pytest
 
 from tests.checkpoints import make_checkpoint
 from tests.deploy.chart import VALUES, Manifest, render
-from tests.deploy.stack import SERVICES, Stack
+from tests.deploy.stack import Stack
 from tests.e2e.collector import Collector
 from tests.processes import START_SECONDS
 
@@ -80,8 +80,8 @@ async def _ready(stack: Stack) -> None:
     state = "the gateway does not answer"
     async with _client(stack) as client:
         while time.monotonic() < deadline:
-            for name in SERVICES:
-                assert stack.processes[name].alive, stack.processes[name].tail()
+            for process in stack.processes.values():
+                assert process.alive, process.tail()
             try:
                 response = await client.get(f"{stack.url}/readyz")
                 if response.status_code == 200:

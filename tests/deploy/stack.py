@@ -10,12 +10,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from tests.deploy.compose import ROOT, load
+from tests.deploy.compose import BESIDE, ROOT, load
 from tests.deploy.relay import Relay
 from tests.processes import RedisServer, ServiceProcess, clean_environment, free_port
 
@@ -24,15 +25,33 @@ ENTRYPOINT = ROOT / "deploy" / "docker" / "entrypoint.sh"
 
 
 class Stack:
-    """Tokenizer, two shards, gateway and Redis as `docker compose up` would configure them; the
-    encoder is away.
+    """Gateway, Redis and some of the models' services as `docker compose up` would configure them;
+    the others are away.
 
     Two links pass relays that keep the bytes: gateway to tokenizer, and stage 0 to stage 1.
     """
 
-    def __init__(self, directory: Path, model: Path, collector: str, *, tls: bool = False) -> None:
-        """`collector`: host:port that takes traces. `tls`: with deploy/compose/tls.yml."""
-        self.project = load(*(("tls",) if tls else ()))
+    def __init__(
+        self,
+        directory: Path,
+        model: Path,
+        collector: str,
+        *,
+        tls: bool = False,
+        services: Sequence[str] = SERVICES,
+        beside: Mapping[str, Path] | None = None,
+    ) -> None:
+        """`collector`: host:port that takes traces. `tls`: with deploy/compose/tls.yml.
+
+        `services`: those to run, the gateway among them. `beside`: directories of models of
+        `compose.BESIDE`, whose profiles are on.
+        """
+        beside = beside or {}
+        self.project = load(
+            *(("tls",) if tls else ()),
+            environment={BESIDE[name][1]: str(path) for name, path in beside.items()},
+            profiles=tuple(BESIDE[name][0] for name in beside),
+        )
         self.tls_dir = directory / "tls" if tls else None
         self._directory = directory
         self._paths = {
@@ -41,14 +60,18 @@ class Stack:
             "/tls": str(directory / "tls"),
             "/documents": str(directory / "documents"),
         }
+        # Longest first: a service's name may be the end of another's.
+        names = sorted(self.project["services"], key=len, reverse=True)
+        self._hosts = re.compile(rf"(?<![\w-])({'|'.join(names)}):(\d+)\b")
         self._ports: dict[tuple[str, str], int] = {}
         self.relays = {
-            "tokenizer": Relay(self.address("tokenizer", "50051")),
-            "shard-1": Relay(self.address("shard-1", "50060")),
+            name: Relay(self.address(name, port))
+            for name, port in (("tokenizer", "50051"), ("shard-1", "50060"))
+            if name in services
         }
         self._collector = collector
         self.redis = self._make_redis()
-        self.processes = {name: self._service(name) for name in SERVICES}
+        self.processes = {name: self._service(name) for name in services}
 
     # -- translation ----------------------------------------------------------------------
 
@@ -58,7 +81,9 @@ class Stack:
 
     def translate(self, service: str, text: str) -> str:
         """A value of the Compose file as it must be here, in the place of `service`."""
-        for path, real in self._paths.items():
+        mounts = self.project["services"].get(service, {}).get("volumes", [])
+        mounted = {one["target"]: one["source"] for one in mounts if isinstance(one, dict)}
+        for path, real in {**self._paths, **mounted}.items():
             text = re.sub(rf"^{path}(?=/|$)", real, text)
         text = text.replace("collector:4317", self._collector)
         text = text.replace("{hostname}:", "127.0.0.1:")
@@ -75,7 +100,7 @@ class Stack:
                 return relay.address
             return self.address(match[1], match[2])
 
-        return re.sub(r"\b(gateway|tokenizer|encoder|shard-\d):(\d+)\b", host, text)
+        return self._hosts.sub(host, text)
 
     def environment(self, service: str) -> dict[str, str]:
         """The environment of a service."""
