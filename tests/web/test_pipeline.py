@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
+from playwright.async_api import Route
 
 from tests.web.conftest import Open, Site, client_of
 from tests.web.looks import assert_accessible, assert_fits, assert_plain
@@ -124,6 +127,7 @@ async def test_why(visit: Open) -> None:
     await page.click("text=为什么是这个答案？")
     await page.wait_for_selector(".heat, [role=alert]", timeout=120_000)
     assert await page.locator("[role=alert]").all_inner_texts() == []
+    await page.locator("main .waiting").wait_for(state="detached")
     assert await page.locator(".w.for").count() > 0
     assert await page.inner_text(".is-answer >> nth=0") in await page.inner_text("#why-answer")
     assert "%" in await page.inner_text(".card .figure")
@@ -137,3 +141,37 @@ async def test_why(visit: Open) -> None:
     await assert_accessible(page)
     await assert_fits(page)
     await assert_plain(page)
+
+
+@pytest.mark.parametrize(("language", "phone"), [("en", True), ("zh", False)])
+async def test_why_shows_how_long_it_takes(visit: Open, language: str, phone: bool) -> None:
+    """The explanation is held back until all has been seen, and then fails."""
+    view = await visit(language, phone=phone, expected=("net::ERR_FAILED",))
+    await view.go("#/ask")
+    page = view.page
+    await page.click(f".examples [lang={language}]")
+    await page.wait_for_selector(".answer-text")
+    seen = asyncio.Event()
+
+    async def hold(route: Route) -> None:
+        await seen.wait()
+        await route.abort()
+
+    await page.route("**/v1/qa", hold)
+    await page.click({"en": "text=Why this answer?", "zh": "text=为什么是这个答案？"}[language])
+    bar, timer = page.locator("main progress"), page.get_by_role("timer")
+    assert await bar.get_attribute("aria-label")
+    assert await bar.get_attribute("value") is None, "nobody knows how far it is"
+    first = await timer.inner_text()
+    await page.wait_for_function(
+        "first => document.querySelector('[role=timer]').textContent !== first", arg=first
+    )
+    # Read out once, and not every second.
+    assert await page.locator("[aria-live] [role=timer], [role=status] [role=timer]").count() == 0
+    await assert_accessible(page)
+    await assert_fits(page)
+    await assert_plain(page)
+    seen.set()
+    await page.wait_for_selector("[role=alert]")
+    await bar.wait_for(state="detached")
+    assert await timer.count() == 0

@@ -54,6 +54,7 @@ export function render(root, { signal, announce }) {
 
   async function load() {
     rest.replaceChildren(h("p.soft.working", { role: "status" }, t("why.working")));
+    const stop = watch(rest);
     try {
       const explained = await call("v1/qa", { method: "POST", body: questionOf(asked), signal });
       store.explained = { id: body.request_id, body: explained };
@@ -61,6 +62,8 @@ export function render(root, { signal, announce }) {
       announce(t("why.done"));
     } catch (error) {
       if (error.name !== "AbortError") rest.replaceChildren(failureBox(error, load));
+    } finally {
+      stop();
     }
   }
 
@@ -87,6 +90,28 @@ export function render(root, { signal, announce }) {
       ].filter(Boolean),
     );
   }
+}
+
+/**
+ * Shows after an element how long it has taken so far, until what is returned is called. The bar
+ * has no end: how often the model will have to run turns out on the way. It stands outside of the
+ * live region, where every second would be read out.
+ */
+function watch(after) {
+  const began = performance.now();
+  const time = h("span.soft", { role: "timer" });
+  const tick = () => {
+    const seconds = Math.floor((performance.now() - began) / 1000);
+    time.textContent = t("why.elapsed", { time: t("unit.s", { n: number(seconds) }) });
+  };
+  const shown = h("div.waiting", null, h("progress", { "aria-label": t("why.progress") }), time);
+  after.after(shown);
+  tick();
+  const timer = setInterval(tick, 1000);
+  return () => {
+    clearInterval(timer);
+    shown.remove();
+  };
 }
 
 function notes(list) {

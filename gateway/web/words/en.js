@@ -215,6 +215,8 @@ export const en = {
     none: "This gateway gave no explanation with its answer.",
     ask: "Ask a question",
     working: "Working it out; this runs the model many times…",
+    progress: "The explanation is being computed",
+    elapsed: "{time} so far",
     done: "The explanation is there.",
     passageOf: "Explained over the passage of {name} that holds the answer.",
     notes: "What this does not prove",

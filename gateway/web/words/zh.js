@@ -215,6 +215,8 @@ export const zh = {
     none: "网关没有随答案给出解释。",
     ask: "去提问",
     working: "正在分析，需要多次运行模型……",
+    progress: "正在计算解释",
+    elapsed: "已用 {time}",
     done: "解释已就绪。",
     passageOf: "解释针对 {name} 中包含答案的段落。",
     notes: "这些不能证明什么",
