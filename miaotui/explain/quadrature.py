@@ -3,15 +3,15 @@
 Integrated gradients (Sundararajan, Taly and Yan 2017, arXiv:1703.01365) attribute to each input
 the integral of its gradient along a straight path. Summed over all inputs, the integrand is the
 derivative of the logit along the path, so over *every piece* of the path the sum must be the
-difference of the logit at the piece's ends, which is known. The points here are those of
-Gauss and Lobatto (Gander and Gautschi 2000, "Adaptive Quadrature - Revisited"): they include a
-piece's ends, and its middle, so the difference costs nothing, and halving the pieces that are off
-uses three of their five points again.
+difference of the logit at the piece's ends, which is known. The rule is Simpson's: it takes a
+piece's ends, so the difference costs nothing, and its middle, so a piece that is off is halved for
+two new points. Rules of higher order ask for more and gain nothing by it, as the logit turns where
+words come to be read as such: Gauss and Lobatto's with five points took 1.3 times as many points
+(22 windows of English and Chinese, the bundled model) for the same error by token.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 Vector = NDArray[np.float64]
 
 DEFAULT_MAX_POINTS = 193
-_INNER = math.sqrt(3 / 7)
-_WEIGHTS = (1 / 10, 49 / 90, 32 / 45, 49 / 90, 1 / 10)
-# A half has five points, of which its parent has had two ends and the middle.
-_POINTS_OF_A_SPLIT = 6
+# Of the ends and the middle, for a piece of length 1.
+_WEIGHTS = (1 / 6, 4 / 6, 1 / 6)
+# The middle of each half.
+_POINTS_OF_A_SPLIT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +55,15 @@ class _Piece:
     high: float
 
     @property
-    def points(self) -> tuple[float, ...]:
-        middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
-        inner = _INNER * half
-        return (self.low, middle - inner, middle, middle + inner, self.high)
+    def length(self) -> float:
+        return self.high - self.low
+
+    @property
+    def points(self) -> tuple[float, float, float]:
+        return (self.low, (self.low + self.high) / 2, self.high)
 
     def halves(self) -> tuple[_Piece, _Piece]:
-        middle = (self.low + self.high) / 2
+        _, middle, _ = self.points
         return _Piece(self.low, middle), _Piece(middle, self.high)
 
 
@@ -77,15 +79,15 @@ class PathIntegral:
         relative: float = 0.01,
         absolute: float = 0.02,
         max_points: int = DEFAULT_MAX_POINTS,
-        pieces: int = 2,
+        pieces: int = 4,
     ) -> None:
         """`relative` and `absolute`: tolerances of the sum, of which the larger counts.
 
         Raises:
             ValueError: `max_points` has no room for the first `pieces`.
         """
-        if max_points < 4 * pieces + 1:
-            raise ValueError(f"max_points is {max_points}; it must be at least {4 * pieces + 1}")
+        if max_points < 2 * pieces + 1:
+            raise ValueError(f"max_points is {max_points}; it must be at least {2 * pieces + 1}")
         self._relative, self._absolute = relative, absolute
         self._max_points = max_points
         self._pieces = [_Piece(i / pieces, (i + 1) / pieces) for i in range(pieces)]
@@ -114,9 +116,8 @@ class PathIntegral:
         """The integral, by the pieces that were evaluated last; `add` must have been called."""
         weights: dict[float, float] = dict.fromkeys(self._values, 0.0)
         for piece in self._done:
-            half = (piece.high - piece.low) / 2
             for point, weight in zip(piece.points, _WEIGHTS, strict=True):
-                weights[point] += weight * half
+                weights[point] += weight * piece.length
         points = np.array(sorted(weights))
         ordered = np.array([weights[point] for point in points])
         slopes = np.stack([self._slopes[point] for point in points])
@@ -149,9 +150,8 @@ class PathIntegral:
             room -= 1
 
     def _error(self, piece: _Piece) -> float:
-        half = (piece.high - piece.low) / 2
         found = sum(
-            weight * half * float(self._slopes[point].sum())
+            weight * piece.length * float(self._slopes[point].sum())
             for point, weight in zip(piece.points, _WEIGHTS, strict=True)
         )
         return found - (self._values[piece.high] - self._values[piece.low])

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -33,6 +33,9 @@ T = TypeVar("T")
 PASSES_UNDER_WAY = 2
 # Of Linux's -20 to 19: a thread at 15 gets about a thirtieth of a core that another wants.
 _NICENESS = 15
+# What a stage makes for an explanation is kept for so many seconds after a pass: passes of the same
+# explanation come one after another, and what comes of it may take as much memory as the weights.
+KEPT_SECONDS = 2.0
 # A round of refinement begins where it may take so many times as long as the longest before it.
 _SPARE = 2.0
 
@@ -133,9 +136,11 @@ class Explainer:
         self._most = at_once + waiting
         self._inside = 0
         self._thread = ThreadPoolExecutor(1, "explain", initializer=_be_modest)
+        self._release: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
         """Lets the thread end once it has done what it is at."""
+        self._keep()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def explain(
@@ -243,9 +248,9 @@ class Explainer:
         began = time.monotonic()
         run = await self._compute(forward)
         seconds = time.monotonic() - began
-        tokens, sent = len(run.output), 0
+        sent = 0
         gradient, logits, shares = None, run.logits, []
-        if logits is None:
+        if run.output is not None:
             assert downstream is not None, "only the last stage has logits"
             reply = await downstream.differentiate(Activations(run.output, run.points, target))
             gradient, logits, shares = reply.hidden, reply.logits, reply.shares
@@ -253,7 +258,8 @@ class Explainer:
         began = time.monotonic()
         found = await self._compute(lambda: run.backward(gradient))
         seconds += time.monotonic() - began
-        return Gradients(found, logits, [self._share(seconds, tokens, sent), *shares])
+        assert logits is not None, "the last stage has them"
+        return Gradients(found, logits, [self._share(seconds, run.tokens, sent), *shares])
 
     async def _attend(
         self,
@@ -295,11 +301,25 @@ class Explainer:
                 f"{self._most} explanations are under way or wait; try again later"
             )
         self._inside += 1
+        self._keep()
         try:
             async with self._room:
                 yield
         finally:
             self._inside -= 1
+            if not self._inside:
+                loop = asyncio.get_running_loop()
+                self._release = loop.call_later(KEPT_SECONDS, self._let_go)
+
+    def _let_go(self) -> None:
+        # On the thread, so after what may still be computed for a call that was given up.
+        with suppress(RuntimeError):  # closed in the meantime
+            self._thread.submit(self.stage.release)
+
+    def _keep(self) -> None:
+        if self._release is not None:
+            self._release.cancel()
+            self._release = None
 
 
 def _be_modest() -> None:

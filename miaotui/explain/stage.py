@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from miaotui.explain.attention import AttentionRecord
+from miaotui.explain.layers import GradientLayer, gradient_layers
 from miaotui.models.attention import PackedSequences
 from miaotui.models.compressed import is_quantized
 from miaotui.models.errors import BatchError, UnsupportedModelError
@@ -29,6 +30,11 @@ class Target:
 
     first: int
     last: int
+
+    @property
+    def places(self) -> list[int]:
+        """Both tokens, or the one that is both."""
+        return [self.first] if self.first == self.last else [self.first, self.last]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +58,13 @@ class ExplainedWindow:
 class ForwardPass:
     """What a forward leaves for the backward.
 
-    `output`: float32 [points * tokens, hidden_size], on the CPU; `logits`: the last stage's,
-    float64 [points], else None.
+    `tokens`: of all points. `output`: float32 [tokens, hidden_size], on the CPU; None at the last
+    stage, which has `logits`, float64 [points], in its place.
     """
 
     points: int
-    output: torch.Tensor
+    tokens: int
+    output: torch.Tensor | None
     logits: torch.Tensor | None
     _leaf: torch.Tensor
     _end: torch.Tensor
@@ -78,9 +85,9 @@ class ExplainStage:
     """Computes a stage's layers with gradients, in float32. Shares the stage's parameters.
 
     The modules are copies: those of a stage that serves are never touched, so this may run on
-    another thread at the same time. Where the stage holds parameters in half precision, a pass
-    holds float32 copies of them for as long as it lasts, because the rounding of half precision
-    is far above the error that completeness allows.
+    another thread at the same time. Where the stage holds parameters packed or in half precision,
+    there are float32 copies of them from the first pass until `release`, because the rounding of
+    half precision is far above the error that completeness allows. Use from one thread at a time.
     """
 
     def __init__(self, model: StageModel) -> None:
@@ -103,6 +110,16 @@ class ExplainStage:
         self.shape = model.shape
         self._skeleton = model.skeleton
         self._device = torch.device(model.info.device)
+        self._held: _Float32 | None = None
+
+    def release(self) -> None:
+        """Lets go of the copies; the next pass makes new ones."""
+        self._held = None
+
+    @property
+    def holds_copies(self) -> bool:
+        """Whether there are any."""
+        return self._held is not None
 
     @property
     def pass_tokens(self) -> int:
@@ -148,15 +165,15 @@ class ExplainStage:
         packed = PackedSequences.of([tokens] * count, self._device)
         with torch.enable_grad():
             leaf = (baseline + points.to(self._device)).requires_grad_()
-            skeleton = _in_float32(self._skeleton)
-            assert skeleton.embedding is not None
-            hidden = skeleton.embedding(
+            embedding = self._float32().skeleton.embedding
+            assert embedding is not None
+            hidden = embedding(
                 ids.repeat(count),
                 None if types is None else types.repeat(count),
                 packed,
                 leaf.view(count * tokens, -1),
             )
-            return self._run(skeleton, leaf, hidden, packed, target)
+            return self._run(leaf, hidden, packed, target)
 
     def resume(self, hidden: torch.Tensor, points: int, target: Target) -> ForwardPass:
         """Other stages: the pass of float32 activations [points * tokens, hidden_size].
@@ -167,7 +184,7 @@ class ExplainStage:
         packed = self._pack(hidden, points, target)
         with torch.enable_grad():
             leaf = self._accept_hidden(hidden).requires_grad_()
-            return self._run(_in_float32(self._skeleton), leaf, leaf, packed, target)
+            return self._run(leaf, leaf, packed, target)
 
     def attend(
         self, inputs: ExplainedWindow | torch.Tensor, target: Target
@@ -184,7 +201,7 @@ class ExplainStage:
             BatchError: the input does not fit this stage.
         """
         with torch.no_grad():
-            skeleton = _in_float32(self._skeleton)
+            skeleton = self._float32().skeleton
             if isinstance(inputs, ExplainedWindow):
                 ids, types = self._accept_window(inputs)
                 self._check_target(len(inputs), target)
@@ -197,37 +214,35 @@ class ExplainStage:
             record = AttentionRecord(target.first, target.last)
             for layer in skeleton.layers:
                 hidden = layer(hidden[None], None, packed=packed, observe=record)[0]
-            logits = self._logits(skeleton, hidden, packed, target)
-            return hidden.cpu(), record, None if logits is None else float(logits[0])
+            if skeleton.head is None:
+                return hidden.cpu(), record, None
+            logits = _logits(skeleton.head(hidden[target.places]), 1)
+            return hidden.cpu(), record, float(logits[0])
 
     def _run(
-        self,
-        skeleton: Skeleton,
-        leaf: torch.Tensor,
-        hidden: torch.Tensor,
-        packed: PackedSequences,
-        target: Target,
+        self, leaf: torch.Tensor, hidden: torch.Tensor, packed: PackedSequences, target: Target
     ) -> ForwardPass:
-        for layer in skeleton.layers:
-            hidden = layer(hidden[None], None, packed=packed)[0]
-        logits = self._logits(skeleton, hidden, packed, target)
-        return ForwardPass(
-            points=len(packed.lengths),
-            output=hidden.detach().cpu(),
-            logits=None if logits is None else logits.detach().double().cpu(),
-            _leaf=leaf,
-            _end=hidden if logits is None else logits.sum(),
-        )
+        float32 = self._float32()
+        *layers, last = float32.layers
+        points, tokens = len(packed.lengths), len(hidden)
+        for layer in layers:
+            hidden = layer(hidden, packed)
+        if float32.skeleton.head is None:
+            hidden = last(hidden, packed)
+            return ForwardPass(points, tokens, hidden.detach().cpu(), None, leaf, hidden)
+        # Of the last layer's output, the target's tokens are all that matters.
+        asked = last.at(hidden, packed, target.places)
+        logits = _logits(float32.skeleton.head(asked), points)
+        found = logits.detach().double().cpu()
+        return ForwardPass(points, tokens, None, found, leaf, logits.sum())
 
-    def _logits(
-        self, skeleton: Skeleton, hidden: torch.Tensor, packed: PackedSequences, target: Target
-    ) -> torch.Tensor | None:
-        """The target's logit at each point, [points]; None where this is not the last stage."""
-        if skeleton.head is None:
-            return None
-        logits = skeleton.head(hidden).view(len(packed.lengths), packed.lengths[0], 2)
-        found: torch.Tensor = logits[:, target.first, 0] + logits[:, target.last, 1]
-        return found
+    def _float32(self) -> _Float32:
+        held = self._held
+        if held is None:
+            skeleton = _in_float32(self._skeleton)
+            layers = gradient_layers(skeleton.layers, self.shape.model_type, self.shape.heads)
+            held = self._held = _Float32(skeleton, layers)
+        return held
 
     def _accept_window(self, window: ExplainedWindow) -> tuple[torch.Tensor, torch.Tensor | None]:
         tokens, shape = len(window), self.shape
@@ -275,6 +290,21 @@ class ExplainStage:
             raise BatchError(
                 f"a span of tokens {target.first} to {target.last} of a window of {tokens}"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class _Float32:
+    """What a stage computes with: its modules, and the layers with gradients."""
+
+    skeleton: Skeleton
+    layers: list[GradientLayer]
+
+
+def _logits(rows: torch.Tensor, points: int) -> torch.Tensor:
+    """The target's logit at each point, [points], of the head's output at its places."""
+    by_point = rows.view(points, -1, 2)
+    found: torch.Tensor = by_point[:, 0, 0] + by_point[:, -1, 1]
+    return found
 
 
 def _in_float32(skeleton: Skeleton) -> Skeleton:

@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from miaotui.engine.scheduler import QueueFullError
 from miaotui.explain.attention import AttentionRecord
+from miaotui.explain.layers import gradient_layers
 from miaotui.explain.runner import Activations, Attention, Explained, Explainer, Gradients
 from miaotui.explain.stage import ExplainedWindow, ExplainStage, Target
 from miaotui.models.compressed import Int8Linear
@@ -209,7 +211,7 @@ async def test_little_time_gives_a_rougher_integral(checkpoints: dict[str, Path]
     with explainer(checkpoints["bert"], SPLITS[2], relative=0, absolute=1e-5) as head:
         rough = await head.explain(window, TARGET, deadline=time.monotonic() + 1e-3)
         fine = await head.explain(window, TARGET)
-        bounded = await head.explain(window, TARGET, max_points=12)
+        bounded = await head.explain(window, TARGET, max_points=10)
     assert not rough.integral.within
     assert len(rough.integral.points) == len(bounded.integral.points) == 9
     assert len(fine.integral.points) > 9
@@ -259,6 +261,34 @@ async def test_a_failing_stage_frees_its_place(
     assert (await head.explain(window, TARGET, Pipeline([behind]))).integral.within
     head.close()
     behind.close()
+
+
+async def test_copies_are_made_once_and_not_kept(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def counted(layers: tuple[torch.nn.Module, ...], *names: Any) -> Any:
+        made.append(len(layers))
+        return gradient_layers(layers, *names)
+
+    monkeypatch.setattr("miaotui.explain.stage.gradient_layers", counted)
+    monkeypatch.setattr(ExplainStage, "pass_tokens", 2 * TOKENS)
+    model = StageModel.load(checkpoints["bert"], device="cpu", dtype="bfloat16")
+    stage = ExplainStage(model)
+    head = Explainer(stage, 0)
+    window = window_of("bert", checkpoints["bert"])
+    first = await head.explain(window, TARGET, None)
+    assert made == [3], "by the first of many passes"
+    assert stage.holds_copies
+    monkeypatch.setattr("miaotui.explain.runner.KEPT_SECONDS", 0.0)
+    again = await head.explain(window, TARGET, None)
+    assert made == [3]
+    assert torch.equal(first.attribution, again.attribution)
+    async with asyncio.timeout(60):
+        while stage.holds_copies:
+            await asyncio.sleep(0.01)
+    head.close()
 
 
 async def test_cancelling_frees_the_place(checkpoints: dict[str, Path]) -> None:

@@ -22,14 +22,14 @@ def integrate(
     return path.result()
 
 
-def test_polynomials_of_degree_seven_are_exact_at_once() -> None:
+def test_polynomials_of_degree_three_are_exact_at_once() -> None:
     found = integrate(
         PathIntegral(pieces=1),
-        lambda x: x**8 / 8 + 3 * x,
-        lambda x: np.array([x**7, 3.0]),
+        lambda x: x**4 / 4 + 3 * x,
+        lambda x: np.array([x**3, 3.0]),
     )
-    assert len(found.points) == 5
-    np.testing.assert_allclose(found.total, [1 / 8, 3.0], rtol=1e-14)
+    assert len(found.points) == 3
+    np.testing.assert_allclose(found.total, [1 / 4, 3.0], rtol=1e-14)
     assert found.gap == pytest.approx(0, abs=1e-14)
     assert found.weights.sum() == pytest.approx(1)
     assert found.within
@@ -64,7 +64,9 @@ def test_errors_that_cancel_are_seen() -> None:
         right = -2 * bump * (x - 0.73) * np.exp(-bump * (x - 0.73) ** 2)
         return np.array([left, right])
 
-    found = integrate(PathIntegral(absolute=1e-6, relative=0), value, slope)
+    path = PathIntegral(absolute=1e-6, relative=0, max_points=2000)
+    found = integrate(path, value, slope)
+    assert found.within
     each = np.exp(-bump * 0.73**2) - np.exp(-bump * 0.27**2)
     np.testing.assert_allclose(found.total, [each, -each], atol=1e-6)
 
