@@ -111,6 +111,7 @@ def test_long_sounds_are_cut_where_they_are_quiet_and_nothing_is_lost() -> None:
         (encoded(tone(0.1), rate=1), "sampling rate"),
         (encoded(np.zeros((9, 33), np.float32)), "channels"),
     ],
+    ids=range(11),  # files hold the time at which they were made, and names must not
 )
 def test_what_is_refused(extractor: FeatureExtractor, data: bytes, problem: str) -> None:
     with pytest.raises(MediaError, match=problem):
