@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
-from grpc import aio
 
 from services.rpc.interceptor import Handler, WrappingInterceptor
 
@@ -50,13 +48,7 @@ def _reader(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 async def _refuse(context: Any) -> NoReturn:
     """Ends the call; what follows in a handler must never see what could not be read."""
-    try:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _PROBLEM)
-    except aio.AbortError:
-        raise
-    except (aio.BaseError, asyncio.InvalidStateError) as error:
-        # The caller has ended the call before.
-        raise asyncio.CancelledError from error
+    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _PROBLEM)
     raise AssertionError("abort always raises")
 
 

@@ -16,6 +16,7 @@ from services.rpc.channel import COMMON_OPTIONS, Options
 from services.rpc.reading import ReadingInterceptor
 from services.rpc.tls import server_credentials
 from services.rpc.tracing import TracingInterceptor
+from services.rpc.vanished import expect_callers_to_vanish
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class RpcServer:
 
         `more`: further services of the server, whose health is the same.
         """
+        expect_callers_to_vanish()
         self.service_name = service_name
         self._names = (service_name, *more)
         self.tracing = TracingInterceptor(*self._names)
