@@ -259,7 +259,7 @@ class Lanes:
             hello,
             part_bytes=self._part_bytes,
             clock=self._clock,
-            up=lambda: None,
+            up=lambda: lane.welcomed.set(),
             draining=lambda address: self._draining(lane, address),
         )
         number = share.index if self._shares.blocks else next(self._numbers)
@@ -296,16 +296,16 @@ class Lanes:
 
     async def _connect(self, lane: HeadLane, linking: asyncio.Task[LinkEnd]) -> LinkEnd | None:
         """Waits until the ring is closed; otherwise why it is not."""
-        closed = asyncio.create_task(lane.closed.wait())
+        whole = asyncio.create_task(lane.whole())
         # Each stage gives the next one so long.
         patience = HANDSHAKE_SECONDS * (len(lane.route) + 1)
         try:
-            await asyncio.wait((linking, closed), timeout=patience, return_when="FIRST_COMPLETED")
+            await asyncio.wait((linking, whole), timeout=patience, return_when="FIRST_COMPLETED")
         finally:
-            closed.cancel()
+            whole.cancel()
         if linking.done():
             return linking.result()
-        if lane.closed.is_set():
+        if whole.done():
             return None
         last = lane.route[-1]
         reason = f"the last stage, {last.stage}, has not closed the ring yet"

@@ -79,13 +79,20 @@ class HeadLane:
     """Batches that have been sent and have not come back."""
     waiting_since: float = 0.0
     """When the last one came back, or the first was sent, on `time.monotonic()`."""
+    welcomed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when stage 1 takes batches."""
     closed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the ring is closed."""
+    """Set when the last stage is connected: the ring is closed."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when it is to end, or its way back has."""
     why: str = "the last stage has gone away"
     fault: str = ""
     """host:port of the stage at fault, where it is known."""
+
+    async def whole(self) -> None:
+        """Waits until batches can set out and come back. Either may be known first."""
+        await self.welcomed.wait()
+        await self.closed.wait()
 
     def sent(self) -> None:
         """A batch sets out."""
