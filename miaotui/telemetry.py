@@ -132,7 +132,13 @@ def setup_telemetry(service: str, *, instance: str = "", spans: Spans | None = N
 
 
 def setup_logging(service: str, level: str = "INFO") -> None:
-    """One line a record on stderr, with the service's name."""
+    """One line a record on stderr, with the service's name. Call it once, at start."""
+    if sys.stderr is not None:
+        # All that Python writes gets a descriptor of its own. 2 is native libraries', and may lead
+        # nowhere while they work on what callers send (services/tokenizer/quiet.py).
+        sys.stderr = os.fdopen(
+            os.dup(sys.stderr.fileno()), "w", 1, sys.stderr.encoding, "backslashreplace"
+        )
     logging.basicConfig(
         stream=sys.stderr,
         level=level.upper(),

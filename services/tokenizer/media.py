@@ -12,6 +12,7 @@ from miaotui.media.tokenizer import MediaTokenizer
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tensor_pb2 as tensor_pb
 from miaotui.v1 import tokenizer_pb2 as pb
+from services.tokenizer.quiet import native_silence
 from services.tokenizer.workers import BusyError
 
 _MODALITIES = {
@@ -49,7 +50,8 @@ class MediaReader:
 
 
 def _next(windows: Iterator[Features]) -> Features | None:
-    return next(windows, None)
+    with native_silence():
+        return next(windows, None)
 
 
 def features_to_proto(features: Features) -> pb.ExtractFeaturesResponse:

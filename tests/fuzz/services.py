@@ -47,7 +47,9 @@ _QUESTION = {
     "no_cache": True,
 }
 # The log of a process that met something that nobody had thought of.
-_TROUBLE = re.compile(r"Traceback|^\w*Error\b|Exception|core dumped|Segmentation", re.MULTILINE)
+_TROUBLE = re.compile(
+    r"Traceback|^\w*Error\b|Exception|core dumped|Segmentation|libmpg123|MPEG-Header", re.MULTILINE
+)
 
 
 def _services(file: Any) -> list[ServiceDescriptor]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import random
+import re
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +17,7 @@ import pytest_asyncio
 import soundfile
 from grpc import aio
 
+from miaotui.media.errors import MediaError
 from miaotui.media.features import load_extractor
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tensor_pb2 as tensor_pb
@@ -119,6 +123,39 @@ async def test_files_that_are_refused(media_stub: Stub, data: bytes, problem: st
         await _read(media_stub, data)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert str(refused.value.details()).startswith("file: ")
+
+
+def broken_mp3s(count: int) -> list[bytes]:
+    """MP3s with some bytes changed, always the same."""
+    file = io.BytesIO()
+    tone = np.sin(np.arange(RATE) / 20).astype(np.float32)
+    soundfile.write(file, tone, RATE, format="MP3", subtype="MPEG_LAYER_III")
+    chance, files = random.Random(0), []
+    for _ in range(count):
+        broken = bytearray(file.getvalue())
+        for place in chance.sample(range(len(broken)), 40):
+            broken[place] = chance.randrange(256)
+        files.append(bytes(broken))
+    return files
+
+
+async def test_nothing_of_a_broken_file_is_in_the_log(
+    media_stub: Stub, hearing: Service, whisper: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    extractor, files = load_extractor(whisper, "audio"), broken_mp3s(20)
+    for data in files:
+        with suppress(MediaError):
+            list(extractor.extract(data))
+    told = capfd.readouterr().err
+    assert "Illegal Audio-MPEG-Header 0x" in told, "the decoder has nothing to complain of"
+    for data in files:
+        with suppress(aio.AioRpcError):
+            await _read(media_stub, data)
+    # Whatever a library says, in lines of its own.
+    record = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ [A-Z]+ +tokenizer ")
+    lines = hearing.process.log.splitlines()
+    assert lines
+    assert [line for line in lines if not record.match(line)] == []
 
 
 async def test_a_model_that_reads_text_only_takes_no_file(stub: Stub, channel: aio.Channel) -> None:
