@@ -36,7 +36,6 @@ from gateway.models import GenerativePair, Models
 from gateway.pipeline import Pipeline
 from gateway.reading import read_spans
 from gateway.rpc import COUNTED, SERVICE, GatewayServicer
-from gateway.schema import CacheStatus
 from gateway.settings import GatewaySettings, split_listen
 from gateway.slots import Slots
 from miaotui.telemetry import Spans, setup_logging, setup_telemetry
@@ -100,11 +99,7 @@ def open_desk(
     def writer(pair: GenerativePair | None) -> Generator | None:
         return None if pair is None else Generator(settings, pair, texts, metrics)
 
-    files = Slots(
-        settings.max_media_requests,
-        lambda: metrics.generated("overloaded", CacheStatus.BYPASS),
-        lambda _: None,
-    )
+    files = Slots(settings.max_media_requests)
     hears, sees = writer(models.transcribing), writer(models.captioning)
     return Desk(
         settings,

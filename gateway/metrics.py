@@ -12,6 +12,7 @@ from gateway.live.counters import LiveCounters
 from gateway.live.lone import LoneSpans
 from gateway.live.traces import TraceRing
 from gateway.schema import Hop
+from gateway.served import Role
 from miaotui.durations import Durations
 from miaotui.telemetry import metrics_exported
 
@@ -19,7 +20,11 @@ _SCOPE = "miaotui.gateway"
 
 
 class GatewayMetrics:
-    """The gateway's instruments; make one after telemetry is set up."""
+    """The gateway's instruments; make one after telemetry is set up.
+
+    The label `model` tells what a model is there for ("generative", "transcribing"…), as
+    /v1/models does by `kind`: the gateway serves one of each, and it stays the same over upgrades.
+    """
 
     def __init__(self, traces: TraceRing | None = None) -> None:
         """`traces`: where slow and failed requests are kept that were not sampled."""
@@ -74,23 +79,25 @@ class GatewayMetrics:
 
         self._generations = Counts(
             meter,
-            *("miaotui.gateway.generations", "outcome", "cache"),
-            description="Generated texts by outcome, cache status",
+            *("miaotui.gateway.generations", "model", "outcome", "cache"),
+            description="Generated texts by kind of model, outcome, cache status",
         )
         self._generating = Level(
             meter,
-            "miaotui.gateway.generations_in_flight",
-            description="Generations worked on now",
+            *("miaotui.gateway.generations_in_flight", "model"),
+            description="Generations worked on now, by kind of model",
         )
-        self._first_text = meter.create_histogram(
-            "miaotui.gateway.generation.first_text",
-            unit="s",
-            description="From the call at the shards to the first text",
+        self._first_text = Durations(
+            _SCOPE,
+            *("miaotui.gateway.generation.first_text", "model"),
+            description="From the call at the shards to the first text, by kind of model",
+            exported=exported,
         )
         self._generated_tokens = Counts(
             meter,
-            *("miaotui.gateway.generation.tokens", "kind"),
-            description="Tokens of finished texts by kind: prompt, cached, written, accepted",
+            *("miaotui.gateway.generation.tokens", "model", "kind"),
+            description="Tokens of finished texts by kind of model, and by their own: prompt, "
+            "cached, written, accepted",
         )
 
         self._admissions = Counts(
@@ -103,21 +110,21 @@ class GatewayMetrics:
         """Counts a request with a key; `key`: its id; `outcome`: "ok", or why it stayed out."""
         self._admissions.add(1, key, outcome)
 
-    def generated(self, outcome: str, cache: str) -> None:
+    def generated(self, model: Role, outcome: str, cache: str) -> None:
         """Counts a generation; `outcome`: "ok" or a problem's slug."""
-        self._generations.add(1, outcome, str(cache))
+        self._generations.add(1, model, outcome, str(cache))
         if outcome == "ok":
             self.live.answered(str(cache))
 
-    def generating(self, change: int) -> None:
+    def generating(self, model: Role, change: int) -> None:
         """Counts generations worked on."""
-        self._generating.add(change)
+        self._generating.add(change, model)
 
-    def first_text(self, seconds: float) -> None:
+    def first_text(self, model: Role, seconds: float) -> None:
         """Records how long the first text took."""
-        self._first_text.record(seconds)
+        self._first_text.record(seconds, model)
 
-    def tokens(self, usage: Usage) -> None:
+    def tokens(self, model: Role, usage: Usage) -> None:
         """Counts the tokens of a generation that has ended."""
         for kind, count in (
             ("prompt", usage.prompt_tokens),
@@ -125,7 +132,7 @@ class GatewayMetrics:
             ("written", usage.completion_tokens),
             ("accepted", usage.accepted_tokens),
         ):
-            self._generated_tokens.add(count, kind)
+            self._generated_tokens.add(count, model, kind)
 
     def answered(self, outcome: str, cache: str) -> None:
         """Counts a question; `outcome`: "ok" or a problem's slug."""

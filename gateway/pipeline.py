@@ -139,11 +139,7 @@ class Pipeline:
         self._flights: SingleFlight[bytes, _Landing] = SingleFlight()
         self._stores = Background()
         self._trace_content = trace_content()
-        self._slots = Slots(
-            settings.max_concurrent_requests,
-            lambda: metrics.answered("overloaded", "none"),
-            metrics.in_flight,
-        )
+        self._slots = Slots(settings.max_concurrent_requests, metrics.in_flight)
 
     async def answer(self, request: QaRequest, request_id: str, timeout: float) -> QaResponse:
         """Answers within `timeout` seconds. Raises `GatewayError`; cancelling frees the work."""
@@ -158,7 +154,7 @@ class Pipeline:
 
         Raises `GatewayError`. Who waits counts as one of the requests that may be worked on.
         """
-        return await self._upstream.served_within(timeout, self._slots.one())
+        return await self._upstream.served_within(timeout, self._slots.one(self._refused))
 
     async def read_passages(
         self, requests: Sequence[QaRequest], request_id: str, timeout: float, clock: Clock
@@ -212,12 +208,15 @@ class Pipeline:
             status if cached else CacheStatus.BYPASS,
         )
 
+    def _refused(self) -> None:
+        self._metrics.answered("overloaded", "none")
+
     async def _counted(
         self, work: Callable[[], Coroutine[Any, Any, _Result]], timeout: float
     ) -> _Result:
         """Does it within `timeout` seconds, as one of the requests that may be worked on."""
         outcome, cache = "client-closed", "none"
-        with self._slots.one():
+        with self._slots.one(self._refused):
             try:
                 try:
                     result = await within(timeout, work())

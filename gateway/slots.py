@@ -11,18 +11,19 @@ from gateway.errors import GatewayError
 class Slots:
     """Requests of one kind, those that wait for a model's return among them."""
 
-    def __init__(
-        self, most: int, refused: Callable[[], None], changed: Callable[[int], None]
-    ) -> None:
-        """`refused` and `changed` (by 1 or -1) are told of for metrics."""
-        self._most, self._refused, self._changed = most, refused, changed
+    def __init__(self, most: int, changed: Callable[[int], None] = lambda _: None) -> None:
+        """`changed` (by 1 or -1) is told of for metrics."""
+        self._most, self._changed = most, changed
         self._taken = 0
 
     @contextmanager
-    def one(self) -> Iterator[None]:
-        """Holds one. Raises `GatewayError` (overloaded) at once where all are taken."""
+    def one(self, refused: Callable[[], None]) -> Iterator[None]:
+        """Holds one. Raises `GatewayError` (overloaded) at once where all are taken.
+
+        `refused` is told of that, for metrics.
+        """
         if self._taken >= self._most:
-            self._refused()
+            refused()
             raise GatewayError("overloaded", "The gateway works on as many requests as it may.")
         self._taken += 1
         self._changed(1)

@@ -87,9 +87,7 @@ class Generator:
         self._flights: SingleFlight[bytes, _Landing] = SingleFlight()
         self._stores = Background()
         self._slots = Slots(
-            settings.max_concurrent_requests,
-            lambda: metrics.generated("overloaded", CacheStatus.BYPASS),
-            metrics.generating,
+            settings.max_concurrent_requests, lambda change: metrics.generating(pair.role, change)
         )
 
     async def served(self, timeout: float) -> Served:
@@ -97,7 +95,11 @@ class Generator:
 
         Raises `GatewayError`. Who waits counts as one of the requests that may be worked on.
         """
-        return await self.pair.served_within(timeout, self._slots.one())
+        return await self.pair.served_within(timeout, self._slots.one(self.refused))
+
+    def refused(self) -> None:
+        """Counts a request that was turned away before its text was begun: there are too many."""
+        self._metrics.generated(self.pair.role, "overloaded", CacheStatus.BYPASS)
 
     async def stream(
         self, request: GenerationRequest, request_id: str, timeout: float
@@ -107,7 +109,7 @@ class Generator:
         Closing the generator ends the work at the shards. `timeout` in seconds.
         """
         outcome, cache = "client-closed", CacheStatus.BYPASS
-        with self._slots.one():
+        with self._slots.one(self.refused):
             try:
                 job = await self._prepare(request, request_id, timeout)
                 cache = CacheStatus.BYPASS if job.key is None else CacheStatus.MISS
@@ -124,7 +126,7 @@ class Generator:
                 outcome = error.kind.slug
                 raise
             finally:
-                self._metrics.generated(outcome, cache)
+                self._metrics.generated(self.pair.role, outcome, cache)
 
     async def complete(
         self, request: GenerationRequest, request_id: str, timeout: float
@@ -134,7 +136,7 @@ class Generator:
         Raises `GatewayError`; cancelling ends the work at the shards.
         """
         outcome, cache = "client-closed", CacheStatus.BYPASS
-        with self._slots.one():
+        with self._slots.one(self.refused):
             try:
                 try:
                     async with asyncio.timeout(timeout):
@@ -155,7 +157,7 @@ class Generator:
                 outcome = error.kind.slug
                 raise
             finally:
-                self._metrics.generated(outcome, cache)
+                self._metrics.generated(self.pair.role, outcome, cache)
 
     async def spell(self, ids: Sequence[int]) -> str:
         """The text of tokens. Raises `GatewayError`."""
@@ -317,7 +319,7 @@ class Generator:
                     usage.accepted_tokens += response.usage.accepted_tokens
                 if first and (news.texts or (at_once and response.deltas)):
                     first = False
-                    self._metrics.first_text(time.perf_counter() - started)
+                    self._metrics.first_text(self.pair.role, time.perf_counter() - started)
                 if all(text.done for text in texts) and (
                     response.HasField("usage") or _cut_short(texts)
                 ):
@@ -342,7 +344,7 @@ class Generator:
 
     def _last(self, texts: list[GrowingText], usage: Usage, news: News) -> News:
         usage.completion_tokens = sum(text.count for text in texts)
-        self._metrics.tokens(usage)
+        self._metrics.tokens(self.pair.role, usage)
         news.usage = usage
         return news
 

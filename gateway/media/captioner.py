@@ -38,7 +38,7 @@ class Captioner:
         `deadline` on the event loop's clock; `place`: a JSON pointer to the picture, for errors.
         Raises `GatewayError`.
         """
-        with self._slots.one():
+        with self._slots.one(self.generator.refused):
             windows = read_file(self.generator.pair, served, picture, request_id, deadline, place)
             try:
                 async with asyncio.timeout(time_left(deadline)), aclosing(windows):

@@ -133,7 +133,7 @@ class Transcriber:
     ) -> AsyncGenerator[Transcript]:
         """The transcript, again and again, with a segment more each time."""
         deadline = asyncio.get_running_loop().time() + timeout
-        with self._slots.one():
+        with self._slots.one(self._generator.refused):
             served = await self._generator.served(timeout)
             language = _chosen(speech, media_of(served).languages)
             windows = read_file(

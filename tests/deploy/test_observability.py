@@ -7,21 +7,18 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.deploy.compose import BESIDE, ROOT, load, read_yaml, variant
+from tests.deploy.boards import DASHBOARDS, FOLDER, expressions, panels, rules
+from tests.deploy.compose import BESIDE, load, read_yaml, variant
 from tests.deploy.conftest import Stacks
 from tests.deploy.metrics import SCRAPED, exported, instruments, parse, uses
 from tests.deploy.stack import SERVICES, Stack
 
-FOLDER = ROOT / "deploy" / "observability"
-RULES = sorted((FOLDER / "prometheus" / "rules").glob("*.yml"))
-DASHBOARDS = sorted((FOLDER / "grafana" / "dashboards").glob("*.json"))
 # Exported only where a model writes, which these services do not: looked up in the source.
 GENERATION = ("miaotui_gateway_generation", "miaotui_generate_", "miaotui_kv_")
 PROMETHEUS_OWN = {"up"}
@@ -29,31 +26,6 @@ promtool = shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(
     promtool is None, reason="promtool is not installed (apt-get install prometheus)"
 )
-
-
-def rules() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every rule with the file that it is in."""
-    for path in RULES:
-        (document,) = read_yaml(path.read_text("utf-8"))
-        for group in document["groups"]:
-            for rule in group["rules"]:
-                yield path.name, rule
-
-
-def panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every panel but the rows."""
-    return (panel for panel in board["panels"] if panel["type"] != "row")
-
-
-def expressions() -> list[tuple[str, str]]:
-    """Every PromQL expression with where it stands."""
-    found = [
-        (f"{name}: {rule.get('alert') or rule['record']}", rule["expr"]) for name, rule in rules()
-    ]
-    for path in DASHBOARDS:
-        for panel in panels(json.loads(path.read_text("utf-8"))):
-            found += [(f"{path.name}: {panel['title']}", t["expr"]) for t in panel["targets"]]
-    return found
 
 
 def test_expressions_are_promql() -> None:

@@ -18,6 +18,8 @@ from gateway.media.subtitles import srt, vtt
 from gateway.media.transcriber import Segment, joined
 from gateway.settings import GatewaySettings
 from miaotui.client import AsyncClient, MiaotuiError
+from tests.deploy.boards import expressions
+from tests.deploy.metrics import SCRAPED, exported, uses
 from tests.gateway.conftest import Gateway, run_gateway, start_gateway
 from tests.gateway.fakes import Fakes
 from tests.gateway.test_contract import validator
@@ -257,6 +259,54 @@ async def test_a_model_that_reads_text_only_is_shown_no_picture(
     heard = await transcribe(writer_gateway, b"x")
     assert heard.status_code == 404
     assert "MIAOTUI_GATEWAY_TRANSCRIBER_TOKENIZER" in heard.json()["error"]["message"]
+
+
+async def test_figures_tell_the_models_apart(media_gateway: Gateway, fakes: Fakes) -> None:
+    total = "miaotui_gateway_generations_total"
+    written = "miaotui_gateway_generation_tokens_total"
+    first = "miaotui_gateway_generation_first_text_seconds_count"
+
+    async def figures() -> list[list[float]]:
+        metric = media_gateway.metric
+        return [
+            [
+                await metric(total, model=model, outcome="ok"),
+                await metric(written, model=model, kind="written"),
+                await metric(first, model=model),
+            ]
+            for model in ALL.split()
+        ]
+
+    before = await figures()
+    url, asked = "/v1/chat/completions", body({"type": "text", "text": "Hello?"}, no_cache=True)
+    chat = await media_gateway.http.post(url, json=asked)
+    heard = await transcribe(media_gateway, b"some|figures", language="en")
+    asked = body(picture(b"ninechars"), no_cache=True)
+    seen = await media_gateway.http.post(url, json=asked)
+    assert [one.status_code for one in (chat, heard, seen)] == [200] * 3
+    grown = [
+        [after - then for after, then in zip(*both, strict=True)]
+        for both in zip(await figures(), before, strict=True)
+    ]
+    # A token a byte, and one that ends a text.
+    assert grown == [[1, len("Hello, world.") + 1, 1], [2, 5 + 8, 2], [1, 10, 1]]
+
+
+async def test_the_dashboards_use_labels_that_texts_figures_have(
+    media_gateway: Gateway, fakes: Fakes
+) -> None:
+    await transcribe(media_gateway, b"one", language="en")
+    told = exported((await media_gateway.http.get("/metrics")).text)
+    used = [
+        (where, use)
+        for where, expression in expressions()
+        for use in uses(expression)
+        if use.metric.startswith("miaotui_gateway_generation")
+    ]
+    assert len(used) >= 9
+    for where, use in used:
+        assert use.labels - told[use.metric] <= SCRAPED, where
+        assert "model" in use.labels, where
 
 
 async def test_models_are_told_with_their_kinds(media_gateway: Gateway, fakes: Fakes) -> None:
