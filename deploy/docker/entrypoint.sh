@@ -2,7 +2,7 @@
 # Runs `miaotui ARGUMENTS`. A variable NAME_FILE is read into NAME, so that secrets can be files.
 set -eu
 for variable in REDIS_URL MIAOTUI_GATEWAY_CACHE_SECRET \
-  MIAOTUI_GATEWAY_CACHE_ENCRYPTION_KEY; do
+  MIAOTUI_GATEWAY_CACHE_ENCRYPTION_KEY MIAOTUI_GATEWAY_DOCUMENTS; do
   eval "file=\${${variable}_FILE:-}"
   if [ -n "$file" ]; then
     value=$(cat "$file")

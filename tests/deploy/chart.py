@@ -27,13 +27,17 @@ EVERYTHING: dict[str, Any] = {
     "gateway": {
         "autoscaling": {"enabled": True},
         "ingress": {"enabled": True, "host": "qa.example", "tlsSecretName": "web"},
+        "documents": {"existingSecret": "documents-database", "port": 6432},
     },
     "cache": {"encrypt": True},
     "keys": {"existingSecret": "api-keys", "metricsSecret": "scraper"},
     "redis": {"url": "rediss://:password@redis.example:6379/0"},
     "tls": {"secretName": "certificates", "https": True},
     "telemetry": {"otlpEndpoint": "collector.example:4317", "serviceMonitor": {"enabled": True}},
-    "networkPolicy": {"gatewayFrom": [{"namespaceSelector": {"matchLabels": {"team": "web"}}}]},
+    "networkPolicy": {
+        "gatewayFrom": [{"namespaceSelector": {"matchLabels": {"team": "web"}}}],
+        "documentsTo": [{"ipBlock": {"cidr": "10.0.0.0/8"}}],
+    },
     "priorityClassName": "high",
     "podAnnotations": {"a": "b"},
 }

@@ -82,6 +82,7 @@ def test_a_broken_manifest_is_noticed() -> None:
         {"tls": {"https": True}},
         {"keys": {"secret": "s"}},
         {"gateway": {"ingress": {"enabled": True}}},
+        {"gateway": {"documents": {"url": "postgresql://user:password@host/database"}}},
         {"telemetry": {"otlpEndpoint": "http://collector:4317"}},
     ],
     ids=str,
@@ -242,13 +243,51 @@ def test_a_digest_goes_before_a_tag() -> None:
         assert {pod["spec"]["containers"][0]["image"] for pod in found} == {wanted}
 
 
-def test_notes() -> None:
+def notes_of(values: dict[str, Any]) -> str:
+    """What Helm prints after an installation."""
     with helm_python.Chart.load(CHART) as chart:
-        files = chart.render({}, name="demo", namespace="prod")
-    (notes,) = [text for path, text in files.items() if path.endswith("NOTES.txt")]
-    assert "svc/demo-miaotui 8080:80" in notes
+        files = chart.render(values, name="demo", namespace="prod")
     assert not re.search(r"<no value>|%!", str(files))
+    (notes,) = [text for path, text in files.items() if path.endswith("NOTES.txt")]
+    return str(notes)
+
+
+def test_notes() -> None:
+    notes = notes_of({})
+    assert "svc/demo-miaotui 8080:80" in notes
     assert ": 2 stage(s), 1 stage(s) of the encoder, 2 gateway(s)." in notes
+
+
+@pytest.mark.parametrize(
+    ("gateway", "warning"),
+    [
+        ({}, "gone with the gateway's pod, and each gateway has others."),
+        ({"replicas": 1}, "gone with the gateway's pod."),
+        ({"documents": {"volume": {"hostPath": {"path": "/d"}}}}, "do not share documents"),
+        ({"documents": {"volume": {"hostPath": {"path": "/d"}}}, "replicas": 1}, ""),
+        ({"documents": {"existingSecret": "s"}}, ""),
+    ],
+    ids=str,
+)
+def test_notes_warn_of_documents_that_get_lost(gateway: dict[str, Any], warning: str) -> None:
+    notes = notes_of({"gateway": gateway})
+    assert ("gateway.documents" in notes) == bool(warning)
+    assert warning in notes
+
+
+def test_gateways_share_a_database_of_documents() -> None:
+    manifests = render(EVERYTHING)
+    pod = pods(manifests)["demo-miaotui-gateway"]
+    reference = environment(pod)["MIAOTUI_GATEWAY_DOCUMENTS"]["secretKeyRef"]
+    assert reference == {"name": "documents-database", "key": "url"}
+    (container,) = pod["spec"]["containers"]
+    assert "documents" not in [mount["name"] for mount in container["volumeMounts"]]
+    assert "documents" not in [volume["name"] for volume in pod["spec"]["volumes"]]
+    policy = of_kind(manifests, "NetworkPolicy")["demo-miaotui-gateway"]["spec"]
+    out = [rule for rule in policy["egress"] if {"port": 6432, "protocol": "TCP"} in rule["ports"]]
+    assert [rule["to"] for rule in out] == [[{"ipBlock": {"cidr": "10.0.0.0/8"}}]]
+    with_volume = pods(render({}))["demo-miaotui-gateway"]
+    assert environment(with_volume)["MIAOTUI_GATEWAY_DOCUMENTS"] == "/documents"
 
 
 def test_settings_of_a_stage_are_checked_by_the_service_itself() -> None:

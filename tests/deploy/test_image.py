@@ -53,6 +53,9 @@ def test_versions_come_from_the_lock_file() -> None:
     lock = (ROOT / "requirements.lock").read_text("utf-8")
     assert re.search(r"^torch==[\d.]+$", lock, re.MULTILINE)
     assert "--constraint versions.txt" in RECIPE
+    # A database of documents is a setting, and must not need another image.
+    assert re.search(r"^psycopg-binary==", lock, re.MULTILINE)
+    assert "--constraint versions.txt '.[postgres]'" in RECIPE
     # What the recipe makes of it, by the commands that stand there.
     for name in ("versions", "encoder"):
         (command,) = re.findall(rf"(sed .*? requirements.lock) > {name}.txt", RECIPE)
