@@ -79,7 +79,7 @@ def _config(url: str, seed: int, examples: int, phases: Sequence[str]) -> dict[s
         "request-timeout": HANG_SECONDS,
         "checks": {"enabled": False, **checks},
         "phases": {name: {"enabled": name in phases} for name in PHASES},
-        # The borders of these fields are 762 requests, most of which have texts written.
+        # The borders of these fields are 762 requests; the right ones have texts written.
         "operations": [
             {"include-name": name, "phases": {"coverage": {"enabled": False}}} for name in _WRITING
         ],
