@@ -165,7 +165,7 @@ class QaResponse:
     ] = field(default_factory=list)
 
 
-QA_RESPONSE: TypeAdapter[QaResponse] = TypeAdapter(QaResponse)
+_QA_REQUEST: TypeAdapter[QaRequest] = TypeAdapter(QaRequest)
 
 
 def parse_request(data: Any, settings: GatewaySettings, pointer: str = "") -> QaRequest:
@@ -174,17 +174,14 @@ def parse_request(data: Any, settings: GatewaySettings, pointer: str = "") -> Qa
     Raises `GatewayError` (invalid-request) naming each fault and its place.
     """
     try:
-        request = QaRequest.model_validate(data)
+        request: QaRequest = _QA_REQUEST.validator.validate_python(data)
     except ValidationError as error:
         raise invalid(field_errors(error, pointer)) from None
-    faults = [
-        FieldError(f"{pointer}/{name}", f"must have at most {limit} characters")
-        for name, length, limit in (
-            ("question", len(request.question), settings.max_question_characters),
-            ("context", len(request.context), settings.max_context_characters),
-        )
-        if length > limit
-    ]
+    faults = []
+    if len(request.question) > (most := settings.max_question_characters):
+        faults.append(FieldError(f"{pointer}/question", f"must have at most {most} characters"))
+    if len(request.context) > (most := settings.max_context_characters):
+        faults.append(FieldError(f"{pointer}/context", f"must have at most {most} characters"))
     if request.explain and (wrong := not_explained(request.mode, in_batch=bool(pointer))):
         faults.append(FieldError(f"{pointer}/explain", wrong))
     if faults:

