@@ -53,10 +53,9 @@ class Begun(Generator[Any, Any, T], Generic[T]):
 
 
 async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
-    """Awaits `work` for so long. Raises `TimeoutError`, having cancelled it."""
-    end = asyncio.get_running_loop().time() + seconds
+    """Awaits `work` for so long from its first wait. Raises `TimeoutError`, having cancelled it."""
     begun = Begun(work)
     if begun.done:
         return begun.result
-    async with asyncio.timeout_at(end):
+    async with asyncio.timeout(seconds):
         return await begun

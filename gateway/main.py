@@ -27,7 +27,7 @@ from gateway.http.app import build_app
 from gateway.http.protocol import bounded_protocol
 from gateway.live.api import LiveFigures
 from gateway.live.collector import TraceCollector
-from gateway.live.sampling import request_sampler
+from gateway.live.sampling import RequestSampler
 from gateway.live.traces import RingProcessor, TraceRing
 from gateway.media.captioner import Captioner
 from gateway.media.transcriber import Transcriber
@@ -218,7 +218,7 @@ def main(settings: GatewaySettings) -> int:
     """Runs the gateway until it is told to stop; returns the process's exit code."""
     setup_logging("gateway", settings.log_level)
     traces = TraceRing(settings.kept_traces)
-    spans = Spans(RingProcessor(traces), sampler=request_sampler(settings.traces_per_second))
+    spans = Spans(RingProcessor(traces), sampler=RequestSampler(settings.traces_per_second))
     telemetry = setup_telemetry("miaotui-gateway", spans=spans if settings.kept_traces else None)
     try:
         return run(lambda: serve_gateway(settings, traces))

@@ -31,7 +31,7 @@ from gateway.schema import CacheStatus, Candidate, Hop, QaRequest, QaResponse
 from gateway.served import Served
 from gateway.settings import GatewaySettings
 from gateway.slots import Slots
-from miaotui.telemetry import current_trace_id, span_within, trace_content
+from miaotui.telemetry import current_span, span_within, trace_content, trace_id_of
 from miaotui.v1 import shard_pb2 as shard_pb
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 from services.rpc.channel import UnaryMethod, call
@@ -222,7 +222,7 @@ class Pipeline:
                     result = await within(timeout, work())
                 except TimeoutError:
                     raise GatewayError("timeout", f"No answer within {timeout:g} s.") from None
-                outcome, cache = "ok", result.cache.value
+                outcome, cache = "ok", str(result.cache)
                 return result
             except GatewayError as error:
                 outcome = error.kind.slug
@@ -240,7 +240,7 @@ class Pipeline:
             stored, status = await self._compute(job, clock), CacheStatus.BYPASS
         else:
             stored, status = await self._shared(job, clock)
-        if (span := trace.get_current_span()).is_recording():
+        if (span := current_span()).is_recording():
             span.set_attribute("miaotui.cache.status", status.value)
             span.set_attribute("miaotui.request.id", request_id)
             if self._trace_content:
@@ -256,7 +256,7 @@ class Pipeline:
             model_fingerprint=served.fingerprint,
             cache=status,
             timings=clock.result(),
-            trace_id=current_trace_id(),
+            trace_id=trace_id_of(span),
             request_id=request_id,
             warnings=_warnings(request, stored, served),
         )

@@ -36,12 +36,12 @@ class Sealer:
 
     def key(self, kind: bytes, *parts: str | bytes) -> bytes:
         """A cache key: `kind` and a keyed hash of the parts in their order."""
-        digest = hashlib.blake2b(kind, digest_size=32, key=self._secret)
+        pieces = [kind]
         for part in parts:
             data = part.encode() if isinstance(part, str) else part
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
-        return kind + b":" + digest.hexdigest().encode()
+            pieces += (len(data).to_bytes(8, "little"), data)
+        digest = hashlib.blake2b(b"".join(pieces), digest_size=32, key=self._secret)
+        return b"%b:%b" % (kind, digest.hexdigest().encode())
 
     def salt(self, name: str) -> bytes:
         """16 bytes that stand for a name and do not tell it; nothing for an empty one."""

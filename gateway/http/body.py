@@ -42,7 +42,8 @@ def _check_type(request: Request) -> None:
 
 async def _read(request: Request, settings: GatewaySettings) -> bytes:
     limit = settings.max_body_bytes
-    await _check_declared(request, limit)
+    if _declares_more(request, limit):
+        await _refuse_declared(request, limit)
     try:
         body, more = await within(settings.body_timeout, _received(request.receive, limit))
     except TimeoutError:
@@ -57,14 +58,16 @@ async def _read(request: Request, settings: GatewaySettings) -> bytes:
 
 async def _received(receive: Receive, limit: int) -> tuple[bytes, bool]:
     """The body, and whether there is more of it: where it has more than `limit` bytes."""
-    body, more = bytearray(), True
-    while more and len(body) <= limit:
+    pieces: list[bytes] = []
+    received, more = 0, True
+    while more and received <= limit:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise GatewayError("client-closed", "The caller went away.")
-        body += message.get("body", b"")
+        pieces.append(message.get("body", b""))
+        received += len(pieces[-1])
         more = message.get("more_body", False)
-    return bytes(body), more
+    return b"".join(pieces), more
 
 
 async def limited(request: Request, settings: GatewaySettings) -> AsyncGenerator[bytes, None]:
@@ -74,7 +77,8 @@ async def limited(request: Request, settings: GatewaySettings) -> AsyncGenerator
     long altogether.
     """
     limit = settings.max_body_bytes
-    await _check_declared(request, limit)
+    if _declares_more(request, limit):
+        await _refuse_declared(request, limit)
     received = 0
     more = True
     loop = asyncio.get_running_loop()
@@ -96,13 +100,16 @@ async def limited(request: Request, settings: GatewaySettings) -> AsyncGenerator
         yield message.get("body", b"")
 
 
-async def _check_declared(request: Request, limit: int) -> None:
+def _declares_more(request: Request, limit: int) -> bool:
     declared = header(request, b"content-length") or ""
-    if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit):
-        # With "Expect: 100-continue" nothing has been sent yet, nor need it be.
-        if "expect" not in request.headers:
-            await _drain(request, limit * _DRAIN_FACTOR)
-        raise _too_large(limit)
+    return declared.isdecimal() and (len(declared) > 18 or int(declared) > limit)
+
+
+async def _refuse_declared(request: Request, limit: int) -> NoReturn:
+    # With "Expect: 100-continue" nothing has been sent yet, nor need it be.
+    if "expect" not in request.headers:
+        await _drain(request, limit * _DRAIN_FACTOR)
+    raise _too_large(limit)
 
 
 def _too_large(limit: int) -> GatewayError:

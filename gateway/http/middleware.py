@@ -23,11 +23,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import GatewayError
 from gateway.http.failures import failure_response, from_routing
+from gateway.live.lone import LoneSpans
+from gateway.live.sampling import RequestSampler
 from gateway.metrics import GatewayMetrics
-from miaotui.telemetry import extract_context, traceparent
+from miaotui.telemetry import context_of, extract_context, traceparent, unrecorded_span
 
 log = logging.getLogger(__name__)
-_tracer = trace.get_tracer("miaotui.gateway")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _METHODS = frozenset(
@@ -38,11 +39,11 @@ _UNTRACED = frozenset({"/healthz", "/readyz", "/metrics", "/v1/live"})
 # The page's files are not requests for an answer, nor is looking at traces.
 _UNTRACED_BELOW = ("/web/", "/v1/traces")
 _API = "/v1/"
-_TRACE_HEADERS = ((b"traceparent", "traceparent"), (b"tracestate", "tracestate"))
-_SECURITY = [
+_TRACEPARENT, _TRACESTATE = b"traceparent", b"tracestate"
+_SECURITY = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
-]
+)
 
 
 def new_request_id(given: bytes | None) -> str:
@@ -58,10 +59,16 @@ class RequestScope:
     def __init__(
         self, app: ASGIApp, metrics: GatewayMetrics, paths: Mapping[Callable[..., Any], str]
     ) -> None:
-        """`paths` holds each endpoint's path template, the only path that is ever recorded."""
+        """`paths` holds each endpoint's path template, the only path that is ever recorded.
+
+        Make it after telemetry is set up.
+        """
         self._app = app
         self._metrics = metrics
         self._paths = paths
+        self._tracer = trace.get_tracer("miaotui.gateway")
+        sampler = getattr(trace.get_tracer_provider(), "sampler", None)
+        self._sampler = sampler if isinstance(sampler, RequestSampler) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one connection event of the ASGI server."""
@@ -102,9 +109,29 @@ class RequestScope:
         headers: dict[bytes, bytes],
         method: str,
     ) -> None:
-        carrier = {
-            name: headers[key].decode("latin-1") for key, name in _TRACE_HEADERS if key in headers
-        }
+        started = time.perf_counter()
+        span = self._begin_span(scope, headers, method)
+        context = span.get_span_context()
+        token = otel_context.attach(context_of(span))
+        try:
+            exchange.trace_headers(context)
+            await self._run(scope, receive, exchange)
+            took = time.perf_counter() - started
+            if span.is_recording():
+                _describe(span, method, self._route(scope), exchange.status)
+            elif LoneSpans.wanted(exchange.status, took):
+                self._metrics.lone.add(context, method, self._route(scope), exchange.status, took)
+        finally:
+            otel_context.detach(token)
+            span.end()
+
+    def _begin_span(self, scope: Scope, headers: dict[bytes, bytes], method: str) -> Span:
+        carrier: dict[str, str] = {}
+        if _TRACEPARENT in headers:
+            carrier["traceparent"] = headers[_TRACEPARENT].decode("latin-1")
+            carrier["tracestate"] = headers.get(_TRACESTATE, b"").decode("latin-1")
+        elif self._sampler is not None and self._sampler.drops_next():
+            return unrecorded_span()
         attributes: dict[str, Any] = {
             "http.request.method": method,
             "url.scheme": scope.get("scheme", "http"),
@@ -114,30 +141,24 @@ class RequestScope:
             attributes["server.address"], attributes["server.port"] = server[0], server[1] or 0
         if client := scope.get("client"):
             attributes["client.address"] = client[0]
-        started = time.perf_counter()
-        span = _tracer.start_span(
+        return self._tracer.start_span(
             method, extract_context(carrier), kind=SpanKind.SERVER, attributes=attributes
         )
-        token = otel_context.attach(trace.set_span_in_context(span))
-        try:
-            context = span.get_span_context()
-            exchange.trace_headers(context)
-            await self._run(scope, receive, exchange)
-            route = self._route(scope)
-            if span.is_recording():
-                _describe(span, method, route, exchange.status)
-            took = time.perf_counter() - started
-            self._metrics.lone.ended(context, method, route, exchange.status, took)
-        finally:
-            otel_context.detach(token)
-            span.end()
 
     async def _run(self, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
         try:
-            await self._answered(scope, receive, exchange)
+            await self._app(scope, receive, exchange.send)
+        except Exception as error:  # noqa: BLE001 - the last net
+            await self._failed(error, scope, receive, exchange)
+
+    async def _failed(
+        self, error: Exception, scope: Scope, receive: Receive, exchange: _Exchange
+    ) -> None:
+        try:
+            await self._refused(error, scope, receive, exchange)
         except ClientDisconnect:
             log.debug("the caller of %s was gone before its response", exchange.request_id)
-        except Exception as error:  # noqa: BLE001 - the last net
+        except Exception as error:  # noqa: BLE001 - as above
             # Code lines only: an exception's message may quote what the caller sent.
             where = "".join(traceback.format_tb(error.__traceback__)[-4:])
             log.error("request %s failed: %s\n%s", exchange.request_id, type(error).__name__, where)
@@ -148,16 +169,17 @@ class RequestScope:
             response = failure_response(scope["path"], failure, exchange.request_id)
             await response(scope, receive, exchange.send)
 
-    async def _answered(self, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
-        """Puts refusals into words."""
+    async def _refused(
+        self, error: Exception, scope: Scope, receive: Receive, exchange: _Exchange
+    ) -> None:
+        """Puts a refusal into words; raises what is none."""
         headers: dict[str, str] = {}
-        try:
-            await self._app(scope, receive, exchange.send)
-            return
-        except GatewayError as error:
+        if isinstance(error, GatewayError):
             failure = error
-        except HTTPException as error:
+        elif isinstance(error, HTTPException):
             failure, headers = from_routing(error), dict(error.headers or {})
+        else:
+            raise error
         if exchange.started:
             raise RuntimeError("refused, and the response had begun")
         response = failure_response(scope["path"], failure, exchange.request_id, headers)
@@ -196,8 +218,8 @@ class _Exchange:
     def trace_headers(self, context: SpanContext) -> None:
         """Adds the ids of the request's span to the response."""
         if context.is_valid:
-            self._headers.append((b"traceparent", traceparent(context).encode()))
-            self._headers.append((b"x-trace-id", format(context.trace_id, "032x").encode()))
+            header = traceparent(context)
+            self._headers += ((b"traceparent", header), (b"x-trace-id", header[3:35]))
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from typing import NoReturn
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -65,7 +66,11 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header, or a trailer after the body."""
-        self._count(len(name) + len(value) + 4)
+        # As `_count`, which would be called for each.
+        self._unread = 0
+        self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes > self.max_header_bytes:
+            self._too_many()
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -97,9 +102,12 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         self._unread = 0
         self._head_bytes += size
         if self._head_bytes > self.max_header_bytes:
-            self._refusal = self._too_large()
-            # Ends the parser's work; uvicorn then refuses the request.
-            raise httptools.HttpParserError("too many bytes of headers")
+            self._too_many()
+
+    def _too_many(self) -> NoReturn:
+        self._refusal = self._too_large()
+        # Ends the parser's work; uvicorn then refuses the request.
+        raise httptools.HttpParserError("too many bytes of headers")
 
     def _too_large(self) -> GatewayError:
         detail = f"Path and headers may have {self.max_header_bytes} bytes."

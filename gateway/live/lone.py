@@ -21,13 +21,13 @@ class LoneSpans:
         self._ring = ring
         self._bucket = RateLimited(_A_SECOND)
 
-    def ended(
-        self, context: SpanContext, method: str, route: str, status: int, took: float
-    ) -> None:
-        """A request is over: its span's context, HTTP status, and the seconds that it took."""
-        failed = status >= 500
-        if not (failed or took >= SLOW_SECONDS):
-            return
+    @staticmethod
+    def wanted(status: int, took: float) -> bool:
+        """Whether a request with this HTTP status, after so many seconds, is such a one."""
+        return status >= 500 or took >= SLOW_SECONDS
+
+    def add(self, context: SpanContext, method: str, route: str, status: int, took: float) -> None:
+        """Such a request is over: its span's context, HTTP status, and seconds."""
         if context.trace_flags.sampled or not context.is_valid or not self._bucket.take():
             return
         end = time.time_ns()
@@ -40,7 +40,7 @@ class LoneSpans:
                 name=f"{method} {route}",
                 start=end - int(took * 1e9),
                 end=end,
-                error=failed,
+                error=status >= 500,
                 attributes={
                     "http.request.method": method,
                     "http.route": route,

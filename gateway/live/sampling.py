@@ -25,22 +25,26 @@ class RateLimited:
         self._clock = clock
         self._then = clock()
 
-    def take(self) -> bool:
-        """Whether there is room for one more now."""
+    def empty(self) -> bool:
+        """Whether there is no room now."""
         now = self._clock()
         self._tokens = min(self._burst, self._tokens + (now - self._then) * self._rate)
         self._then = now
-        if self._tokens < 1:
+        return self._tokens < 1
+
+    def take(self) -> bool:
+        """Whether there is room for one more now."""
+        if self.empty():
             return False
         self._tokens -= 1
         return True
 
 
-class RequestSampler(Sampler):
-    """Samples requests for answers and texts, at most so many a second; reads (GET) never."""
+class _RootSampler(Sampler):
+    """Samples requests for answers and texts while there is room; reads (GET) never."""
 
-    def __init__(self, a_second: float) -> None:
-        self._bucket = RateLimited(a_second)
+    def __init__(self, bucket: RateLimited) -> None:
+        self._bucket = bucket
 
     def should_sample(
         self,
@@ -62,6 +66,13 @@ class RequestSampler(Sampler):
         return "RequestSampler"
 
 
-def request_sampler(a_second: float) -> Sampler:
-    """A caller's decision (`traceparent`) holds; others are sampled at this rate."""
-    return ParentBased(RequestSampler(a_second))
+class RequestSampler(ParentBased):
+    """A caller's decision (`traceparent`) holds; others are sampled, at most so many a second."""
+
+    def __init__(self, a_second: float) -> None:
+        self._bucket = RateLimited(a_second)
+        super().__init__(_RootSampler(self._bucket))
+
+    def drops_next(self) -> bool:
+        """Whether a request whose caller decides nothing is not sampled now, whatever it is."""
+        return self._bucket.empty()

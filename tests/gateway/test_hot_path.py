@@ -24,8 +24,17 @@ from gateway.errors import GatewayError
 from gateway.http.exchange import json_response, unless_gone
 from gateway.http.middleware import RequestScope
 from gateway.http.routing import Routing
+from gateway.live.sampling import RequestSampler
 from gateway.metrics import GatewayMetrics
-from miaotui.telemetry import inject_context, span_within, traceparent
+from miaotui.telemetry import (
+    current_span,
+    current_trace_id,
+    inject_context,
+    span_within,
+    traceparent,
+)
+
+TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
 async def at_once(value: int) -> int:
@@ -208,7 +217,7 @@ def test_spans_are_made_where_the_one_around_them_is_recorded(sampled: bool) -> 
         with span_within(tracer, "look", attributes={"a": 1}) as span:
             assert trace.get_current_span() is span
             assert (span is around) is not sampled
-        assert inject_context()["traceparent"] == traceparent(around.get_span_context())
+        assert inject_context()["traceparent"] == traceparent(around.get_span_context()).decode()
         assert (len(exporter.get_finished_spans()) == 1) is sampled
 
 
@@ -216,6 +225,42 @@ def test_a_span_outside_of_any_is_one_of_its_own() -> None:
     tracer = TracerProvider().get_tracer("test")
     with span_within(tracer, "alone") as span:
         assert span.is_recording()
+
+
+@pytest.mark.parametrize("caller", ["", "00", "01"])
+async def test_requests_that_nobody_samples_have_ids_and_the_caller_decides_for_his(
+    caller: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter = InMemorySpanExporter()
+    sampler = RequestSampler(1e-9)
+    provider = TracerProvider(sampler=sampler)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    seen: list[str] = []
+
+    async def look(_: Request) -> Response:
+        seen.append(current_trace_id())
+        assert current_span() is trace.get_current_span()
+        return PlainTextResponse("")
+
+    app = RequestScope(Routing([Route("/ask", look, methods=["POST"])]), GatewayMetrics(), {})
+    headers = {"traceparent": f"00-{TRACE}-{SPAN}-{caller}"} if caller else {}
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
+        while not sampler.drops_next():
+            await client.post("/ask")
+        assert exporter.get_finished_spans()
+        exporter.clear()
+        seen.clear()
+        answers = [await client.post("/ask", headers=headers) for _ in range(3)]
+    assert len(exporter.get_finished_spans()) == (3 if caller == "01" else 0)
+    assert [answer.headers["x-trace-id"] for answer in answers] == seen
+    for answer in answers:
+        version, trace_id, span_id, flags = answer.headers["traceparent"].split("-")
+        assert (version, trace_id) == ("00", answer.headers["x-trace-id"])
+        assert int(span_id, 16)
+        assert int(flags, 16) & 1 == (caller == "01")
+    assert set(seen) == {TRACE} if caller else len(set(seen)) == 3
 
 
 async def named(request: Request) -> Response:

@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import SpanKind
 
 from gateway.live.counters import LiveCounters
-from gateway.live.sampling import RateLimited, request_sampler
+from gateway.live.sampling import RateLimited, RequestSampler
 from gateway.live.traces import MOST_SPANS, KeptSpan, TraceRing, kept_attributes
 from services.shard.link import LinkClock
 from tests.checkpoints import make_checkpoint
@@ -101,7 +101,7 @@ def test_any_duration_has_a_place() -> None:
 
 
 def test_requests_are_sampled_at_a_rate_and_as_their_caller_says() -> None:
-    tracer = TracerProvider(sampler=request_sampler(0.001)).get_tracer("test")
+    tracer = TracerProvider(sampler=RequestSampler(0.001)).get_tracer("test")
     spans = [tracer.start_span("POST", kind=SpanKind.SERVER) for _ in range(100)]
     assert sum(span.is_recording() for span in spans) == 5
     assert not tracer.start_span("GET", kind=SpanKind.SERVER).is_recording()
