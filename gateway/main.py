@@ -16,8 +16,6 @@ from gateway.access.limiter import Limiter, LocalLimiter
 from gateway.access.redis_limiter import RedisLimiter
 from gateway.access.store import Keyring
 from gateway.cache.backend import CacheBackend, EmbeddedBackend
-from gateway.cache.codec import Sealer
-from gateway.cache.redis import RedisBackend
 from gateway.cache.stores import AnswerCache, PromptCache, SealedStore
 from gateway.desk import Desk
 from gateway.explaining import ExplanationDesk
@@ -39,6 +37,8 @@ from gateway.rpc import COUNTED, SERVICE, GatewayServicer
 from gateway.settings import GatewaySettings, split_listen
 from gateway.slots import Slots
 from miaotui.telemetry import Spans, setup_logging, setup_telemetry
+from services.cache.codec import Sealer
+from services.cache.redis import RedisBackend
 from services.rpc.server import AddressInUseError, RpcServer, run, stop_event
 from services.rpc.tls import CERTIFICATE, KEY
 
@@ -64,6 +64,7 @@ def open_backends(
         settings.cache_timeout,
         metrics.cache_failure,
     )
+    redis.observe("miaotui.gateway", "miaotui.gateway.cache.up")
     return redis, redis
 
 

@@ -12,13 +12,13 @@ from pydantic import AliasChoices, Field, SecretStr, field_validator, model_vali
 from pydantic_settings import SettingsConfigDict
 
 from miaotui.retrieval.postgres.location import PostgresLocation, is_postgres
+from services.rpc.settings import check_encryption_key
 from services.rpc.tls import TlsSettings
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Positive = Annotated[int, Field(gt=0)]
 
 
-_SHORTEST_KEY = 32
 _ORIGIN = re.compile(r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 
 
@@ -278,12 +278,7 @@ class GatewaySettings(TlsSettings):
             )
         if not self.cache_secret.get_secret_value():
             raise ValueError("cache_secret must not be empty; leave it unset for a random one")
-        encryption = self.cache_encryption_key
-        if encryption is not None and len(encryption.get_secret_value()) < _SHORTEST_KEY:
-            raise ValueError(
-                f"cache_encryption_key must have at least {_SHORTEST_KEY} characters, such as "
-                "those of `openssl rand -hex 32`"
-            )
+        check_encryption_key("cache_encryption_key", self.cache_encryption_key)
         if self.https and self.tls_dir is None:
             raise ValueError("https needs a certificate: set MIAOTUI_TLS_DIR")
         return self

@@ -34,6 +34,8 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
+from miaotui.models.decomposed import KEY
+
 FAMILIES: tuple[str, ...] = ("bert", "distilbert", "roberta", "xlm-roberta", "electra")
 
 # (question, passage) pairs that every tokenizer here covers; also its training text.
@@ -215,6 +217,14 @@ def make_checkpoint(
     if tokenizer:
         tok.model_max_length = max_length
         tok.save_pretrained(directory)
+    return directory
+
+
+def decomposed(directory: Path, layers: int) -> Path:
+    """The same checkpoint, the first layers of which read question and passage apart."""
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, KEY: layers}))
     return directory
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 from gateway.access.keys import ApiKey
 from gateway.access.limiter import LocalLimiter, too_fast, too_many, used_up
-from gateway.cache.redis import PREFIX, RedisBackend
 from gateway.calling import Background
+from services.cache.redis import PREFIX, RedisBackend
 
 # KEYS: the key's counts; its requests in flight, by when they are given up.
 # ARGV: period of one request (µs), bucket (µs), requests a day, tokens a day, at once (0: no

@@ -12,12 +12,12 @@ from opentelemetry.trace import Span, SpanKind
 
 from gateway.access.caller import current_tenant
 from gateway.cache.backend import CacheBackend
-from gateway.cache.codec import Sealer
 from gateway.explanation import WarningView
 from gateway.metrics import GatewayMetrics
 from gateway.schema import QaRequest
 from miaotui.telemetry import span_within
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
+from services.cache.codec import Sealer
 
 _tracer = trace.get_tracer("miaotui.gateway")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +26,26 @@ from miaotui.models.writing_stage import DecoderBatch
 log = logging.getLogger(__name__)
 
 
-class StageRunner:
-    """Computes batches on the worker's thread, in the order in which the calls are entered."""
+class Passages(Protocol):
+    """Where replicas of stage 0 share what they have computed of passages."""
 
-    def __init__(self, worker: ComputeWorker, *, stage: int) -> None:
+    async def find(self, inputs: StageBatch, /) -> Mapping[bytes, torch.Tensor]:
+        """Return what it has of a batch's passages, as `StageBatch.found`. Never raises."""
+        ...
+
+
+class StageRunner:
+    """Computes batches on the worker's thread, in the order in which the calls are entered.
+
+    With `passages`, those of stage 0's batches are looked for first, on the event loop: the
+    compute thread does not wait for a network, and batches that find theirs may overtake.
+    """
+
+    def __init__(
+        self, worker: ComputeWorker, *, stage: int, passages: Passages | None = None
+    ) -> None:
         self.stage = stage
+        self._passages = passages
         self.observer = StageObserver(stage)
         self._worker = worker
         self._share = KvShare()
@@ -45,7 +61,10 @@ class StageRunner:
         if jobs is None:
             self._prune(batch, cancelled)
         if batch.sequences:
-            batch.hidden = await self._run(batch, _stage_batch(batch, jobs))
+            inputs = _stage_batch(batch, jobs)
+            if jobs is not None and self._passages is not None:
+                inputs = replace(inputs, found=await self._passages.find(inputs))
+            batch.hidden = await self._run(batch, inputs)
 
     async def decode(
         self, batch: Batch, input_ids: TokenIds | None = None, share: KvShare | None = None

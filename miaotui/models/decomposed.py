@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -110,7 +110,10 @@ class PassageCache:
         """`budget`: bytes of activations that are kept."""
         self.budget = budget
         self.hits = 0
+        self.shared = 0
         self.misses = 0
+        self.on_computed: Callable[[bytes, torch.Tensor], None] | None = None
+        """Told of each passage that was computed, on the thread that did; must be brief."""
         self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
@@ -123,9 +126,11 @@ class PassageCache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def count(self, *, hits: int, misses: int) -> None:
-        """Add passages that were here or in the same batch, and those that were computed."""
+    def count(self, *, hits: int, shared: int, misses: int) -> None:
+        """Add passages that were here or in the same batch, that came with the batch from where
+        replicas share them, and that were computed."""
         self.hits += hits
+        self.shared += shared
         self.misses += misses
 
     def get(self, key: bytes) -> torch.Tensor | None:
@@ -135,6 +140,10 @@ class PassageCache:
             if found is not None:
                 self._kept.move_to_end(key)
             return found
+
+    def __contains__(self, key: bytes) -> bool:
+        with self._lock:
+            return key in self._kept
 
     def put(self, key: bytes, hidden: torch.Tensor) -> None:
         """Keep a passage's activations, unless they are larger than all that may be kept."""
@@ -149,12 +158,39 @@ class PassageCache:
                 self._bytes -= self._kept.popitem(last=False)[1].nbytes
 
 
-def passage_key(salt: bytes, input_ids: torch.Tensor) -> bytes:
-    """Return the name of a passage (its ids, [tokens], on the CPU) among those of a salt."""
+def passage_key(
+    salt: bytes, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None = None
+) -> bytes:
+    """Return the name of a passage among those of a salt.
+
+    `input_ids`, `token_type_ids`: integer [tokens], on the CPU; None: types are all 1.
+    """
     digest = hashlib.blake2b(salt, digest_size=24, person=b"passage")
     digest.update(len(salt).to_bytes(4, "little"))
     digest.update(input_ids.to(torch.int32).contiguous().numpy().tobytes())
+    if token_type_ids is not None and not bool((token_type_ids == 1).all()):
+        digest.update(token_type_ids.to(torch.int32).contiguous().numpy().tobytes())
+        digest.update(b"types")
     return digest.digest()
+
+
+def passage_names(
+    parts: Sequence[Part],
+    input_ids: torch.Tensor,
+    token_type_ids: torch.Tensor | None,
+    salts: Sequence[bytes] | None,
+) -> list[bytes | None]:
+    """Return the names of a batch's parts by which passages are kept; None for questions."""
+    return [
+        passage_key(
+            salts[part.sequence] if salts else b"",
+            input_ids[part.begin : part.end],
+            None if token_type_ids is None else token_type_ids[part.begin : part.end],
+        )
+        if part.passage
+        else None
+        for part in parts
+    ]
 
 
 Compute = Callable[[torch.Tensor, torch.Tensor | None, Sequence[int]], torch.Tensor]
@@ -168,6 +204,7 @@ def read_apart(
     compute: Compute,
     cache: PassageCache | None = None,
     salts: Sequence[bytes] | None = None,
+    found: Mapping[bytes, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return what the decomposed layers make of a batch, [tokens, hidden_size].
 
@@ -177,17 +214,21 @@ def read_apart(
         compute: called once at most, with all parts that must be computed.
         cache: keeps passages; None: all are computed.
         salts: a sequence each; only sequences of equal salt share a passage. None: all do.
+        found: what was kept elsewhere of some of the passages, by name, where `compute` leaves
+            its output.
     """
     parts = divide(lengths, token_type_ids)
     if cache is None:
         return compute(input_ids, token_type_ids, [part.tokens for part in parts])
-    names = [
-        passage_key(salts[part.sequence] if salts else b"", input_ids[part.begin : part.end])
-        if part.passage
-        else None
-        for part in parts
-    ]
+    names = passage_names(parts, input_ids, token_type_ids, salts)
     known = {name: cache.get(name) for name in set(names) if name is not None}
+    shared = 0
+    for key, rows in (found or {}).items():
+        # It may have been computed since it was looked for.
+        if key in known and known[key] is None:
+            known[key] = rows
+            cache.put(key, rows)
+            shared += 1
     missing = list(_missing(parts, names, known))
     # Neighbours of equal length attend together.
     missing.sort(key=lambda item: item[0].tokens)
@@ -202,8 +243,11 @@ def read_apart(
             if name is not None:
                 known[name] = kept = rows.clone()  # a view would hold all of the batch
                 cache.put(name, kept)
+                if cache.on_computed is not None:
+                    cache.on_computed(name, kept)
     computed = sum(part.passage for part, _ in missing)
-    cache.count(hits=sum(part.passage for part in parts) - computed, misses=computed)
+    hits = sum(part.passage for part in parts) - shared - computed
+    cache.count(hits=hits, shared=shared, misses=computed)
     return torch.cat(
         [
             made[part.begin] if name is None else _held(known[name])

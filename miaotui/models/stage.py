@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,8 @@ class StageBatch:
     `hidden`, [tokens, hidden_size] of any floating-point type, for the others. `lengths` are
     the sequences' tokens, in order. `salts`, one a sequence, for the first stage of a model
     that reads passages apart: only sequences of equal salt share what was computed; None: all.
+    `found`: what was kept elsewhere of its passages, by `passage_key`, each [tokens, hidden_size]
+    in the compute dtype.
     """
 
     lengths: Sequence[int]
@@ -41,6 +43,7 @@ class StageBatch:
     token_type_ids: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
     salts: Sequence[bytes] | None = None
+    found: Mapping[bytes, torch.Tensor] | None = None
 
 
 class StageModel:
@@ -66,6 +69,7 @@ class StageModel:
         self._steps = encoder_layers(
             skeleton.layers, shape.model_type, shape.heads, fuse=fuse, attention=attention
         )
+        self._attention = attention
         self._rounds = takes_round_rows(self._steps)
         apart = max(0, shape.decomposed_layers - info.first_layer)
         self._apart, self._together = self._steps[:apart], self._steps[apart:]
@@ -205,6 +209,17 @@ class StageModel:
         return self._head(hidden)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of what its layers return."""
+        return self._dtype
+
+    @property
+    def reading(self) -> str:
+        """What the decomposed layers' output for a passage depends on, besides the passage."""
+        layers = f"{len(self._apart)} {self._dtype} {self._attention} {self._device.type}"
+        return f"{self.info.fingerprint} {layers}"
+
+    @property
     def skeleton(self) -> Skeleton:
         """The stage's modules, which must not be changed."""
         return self._skeleton
@@ -285,8 +300,11 @@ class StageModel:
             accept_ids(
                 types, "token_type_ids", self.shape.type_vocab_size, packed.offsets[-1], _CPU
             )
+        found = None
+        if batch.found:
+            found = {name: rows.to(self._device) for name, rows in batch.found.items()}
         return read_apart(
-            input_ids, types, batch.lengths, self._read_parts, self.passages, batch.salts
+            input_ids, types, batch.lengths, self._read_parts, self.passages, batch.salts, found
         )
 
     def _read_parts(

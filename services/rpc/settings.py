@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from typing import TypeVar
 
-from pydantic import AliasChoices, Field, ValidationError
+from pydantic import AliasChoices, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings
 
 from services.rpc.tls import TlsSettings
 
 Settings = TypeVar("Settings", bound=BaseSettings)
+
+_SHORTEST_KEY = 32
 
 
 class InnerSettings(TlsSettings):
@@ -22,6 +24,15 @@ class InnerSettings(TlsSettings):
         description="host:port of the gateway's gRPC API, to show recent traces; empty: no traces, "
         "unless OTEL_EXPORTER_OTLP_ENDPOINT names a collector",
     )
+
+
+def check_encryption_key(name: str, key: SecretStr | None) -> None:
+    """Refuses a key that is too short to encrypt by; raises `ValueError`."""
+    if key is not None and len(key.get_secret_value()) < _SHORTEST_KEY:
+        raise ValueError(
+            f"{name} must have at least {_SHORTEST_KEY} characters, such as those of "
+            "`openssl rand -hex 32`"
+        )
 
 
 def load_settings(kind: type[Settings]) -> Settings:

@@ -13,14 +13,14 @@ from miaotui.v1 import shard_pb2 as pb
 from services.shard.stage import Stage
 
 
-def observe(stage: Stage, passages: PassageCache | None = None) -> None:
+def observe(stage: Stage, passages: PassageCache | None = None, *, shared: bool = False) -> None:
     """Registers the stage's gauges; they are read whenever metrics are collected.
 
-    `passages`: what it keeps, where its model reads passages apart.
+    `passages`: what it keeps, where its model reads passages apart; `shared`: in Redis, too.
     """
     labels = {"miaotui.stage": stage.info.index}
     if passages is not None:
-        _observe_passages(passages, labels)
+        _observe_passages(passages, labels, shared=shared)
 
     def gauge(name: str, unit: str, description: str, read: Callable[[], int]) -> None:
         def callback(_: CallbackOptions) -> Iterable[Observation]:
@@ -78,18 +78,21 @@ def observe(stage: Stage, passages: PassageCache | None = None) -> None:
     )
 
 
-def _observe_passages(passages: PassageCache, labels: dict[str, int]) -> None:
+def _observe_passages(passages: PassageCache, labels: dict[str, int], *, shared: bool) -> None:
     meter = metrics.get_meter("miaotui.shard")
 
     def lookups(_: CallbackOptions) -> Iterable[Observation]:
         yield Observation(passages.hits, {**labels, "miaotui.cache.result": "hit"})
+        if shared:
+            yield Observation(passages.shared, {**labels, "miaotui.cache.result": "redis"})
         yield Observation(passages.misses, {**labels, "miaotui.cache.result": "miss"})
 
     meter.create_observable_counter(
         "miaotui.stage.passages",
         callbacks=[lookups],
         unit="{passage}",
-        description="Passages that the first layers' results were there of, and were not",
+        description="Passages that the first layers' results were there of (hit: in memory, redis: "
+        "in Redis), and were not",
     )
     meter.create_observable_gauge(
         "miaotui.stage.passages.bytes",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import torch
@@ -39,6 +39,9 @@ from services.shard.handshake import PROTOCOL_VERSION
 from services.shard.servicer import ShardServicer
 from services.shard.settings import ShardSettings
 from services.shard.stage import Stage
+
+if TYPE_CHECKING:
+    from services.shard.passages import SharedPassages
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +114,12 @@ def stage_info(model: AnyStageModel, settings: ShardSettings) -> pb.StageInfo:
     return told
 
 
-def build_stage(settings: ShardSettings, model: AnyStageModel, server: RpcServer) -> Stage:
+def build_stage(
+    settings: ShardSettings,
+    model: AnyStageModel,
+    server: RpcServer,
+    passages: SharedPassages | None = None,
+) -> Stage:
     """Wires engine and links together."""
     stages = len(settings.addresses)
     info = stage_info(model, settings)
@@ -123,6 +131,7 @@ def build_stage(settings: ShardSettings, model: AnyStageModel, server: RpcServer
             rehearse=model.rehearse if isinstance(model, StageModel) else None,
         ),
         stage=settings.stage,
+        passages=passages,
     )
     stage = Stage(
         info,
@@ -254,8 +263,13 @@ async def serve_shard(settings: ShardSettings) -> None:
     )
     model = await asyncio.to_thread(_load, settings)
     server = RpcServer(SERVICE, EXPLAIN_SERVICE)
-    stage = build_stage(settings, model, server)
-    observe(stage, model.passages if isinstance(model, StageModel) else None)
+    passages = _share_passages(settings, model)
+    stage = build_stage(settings, model, server, passages)
+    observe(
+        stage,
+        model.passages if isinstance(model, StageModel) else None,
+        shared=passages is not None,
+    )
     servicer = ShardServicer(
         stage,
         max_request_sequences=settings.max_request_sequences,
@@ -291,7 +305,18 @@ async def serve_shard(settings: ShardSettings) -> None:
             task.cancel()
         await explanations.close()
         stage.runner.close()
+        if passages is not None:
+            await passages.close()
         telemetry.shutdown()
+
+
+def _share_passages(settings: ShardSettings, model: AnyStageModel) -> SharedPassages | None:
+    if settings.passage_redis_url is None or not isinstance(model, StageModel):
+        return None
+    # Here, so that other stages do not load a client of Redis.
+    from services.shard.passages import share_passages
+
+    return share_passages(settings, model)
 
 
 def _load(settings: ShardSettings) -> AnyStageModel:

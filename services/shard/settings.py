@@ -6,11 +6,11 @@ import socket
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from services.rpc.endpoints import split_addresses
-from services.rpc.settings import InnerSettings
+from services.rpc.settings import InnerSettings, check_encryption_key
 
 
 def split_replicas(text: str) -> tuple[tuple[str, ...], ...]:
@@ -134,6 +134,34 @@ class ShardSettings(InnerSettings):
         description="Stage 0 of a model that reads passages apart: for what it has computed of "
         "them; 0: nothing is kept",
     )
+    # Not REDIS_URL, which is the gateways': a passage takes a thousand times an answer's bytes, and
+    # would drive their answers out of a Redis that was made for these.
+    passage_redis_url: SecretStr | None = Field(
+        None,
+        description="Stage 0 of a model that reads passages apart: Redis to keep what it has "
+        "computed of them in, besides its memory, for restarts and its replicas; absent: none",
+    )
+    passage_redis_secret: SecretStr | None = Field(
+        None,
+        description="Keys the hashes and seals what is kept there; the same for all replicas",
+    )
+    passage_redis_encryption_key: SecretStr | None = Field(
+        None,
+        description="Encrypts what is kept there (AES-GCM), which tells about the passages; the "
+        "same for all replicas; absent: it is sealed, but readable",
+    )
+    passage_redis_ttl_seconds: int = Field(
+        3600, gt=0, description="How long passages are kept there"
+    )
+    passage_redis_entry_bytes: int = Field(
+        4 * 1024 * 1024, gt=0, description="Passages that take more are not kept there"
+    )
+    passage_redis_timeout: float = Field(
+        0.05,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds for one operation there; a batch waits for two of these at most",
+    )
     inbox_batches: int = Field(4, ge=1, description="Batches that may wait at a later stage")
     part_bytes: int = Field(
         16 * 1024 * 1024,
@@ -192,6 +220,17 @@ class ShardSettings(InnerSettings):
         if self.colocated_stages:
             return -(-len(self.addresses) // self.colocated_stages)
         return len({address.rpartition(":")[0] for address in self.addresses})
+
+    @model_validator(mode="after")
+    def _passages_are_sealed(self) -> ShardSettings:
+        if self.passage_redis_url is None:
+            return self
+        secret = self.passage_redis_secret
+        if secret is None or not secret.get_secret_value():
+            raise ValueError("passage_redis_url needs passage_redis_secret, to seal what is kept")
+        key = self.passage_redis_encryption_key
+        check_encryption_key("passage_redis_encryption_key", key)
+        return self
 
     @model_validator(mode="after")
     def _stage_is_listed(self) -> ShardSettings:

@@ -115,6 +115,8 @@ def test_secrets_come_from_files(tmp_path: Path) -> None:
     assert lines[0] == "serve gateway --a b c"
     assert f"REDIS_URL={url.read_text().strip()}" in lines
     assert "MIAOTUI_GATEWAY_CACHE_SECRET=s" in lines
+    done = run_entrypoint(tmp_path, MIAOTUI_SHARD_PASSAGE_REDIS_URL_FILE=str(url))
+    assert f"MIAOTUI_SHARD_PASSAGE_REDIS_URL={url.read_text().strip()}" in done.stdout.splitlines()
     missing = run_entrypoint(tmp_path, REDIS_URL_FILE=str(tmp_path / "none"))
     assert missing.returncode != 0
     assert "serve" not in missing.stdout

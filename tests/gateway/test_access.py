@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 from gateway.access.keys import Limits, Scope, make_key, split_key
 from gateway.access.store import KeyFile
-from gateway.cache.redis import PREFIX
 from miaotui.cli.app import app
 from miaotui.client import AsyncClient, MiaotuiError
 from miaotui.v1 import gateway_pb2 as pb
 from miaotui.v1 import gateway_pb2_grpc
+from services.cache.redis import PREFIX
 from services.rpc.channel import open_channel
 from tests.gateway.conftest import Gateway, run_gateway, until
 from tests.gateway.fakes import Fakes

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from gateway.access.keys import ApiKey, Limits, make_key
 from gateway.access.limiter import LocalLimiter
 from gateway.access.redis_limiter import RedisLimiter
-from gateway.cache.redis import RedisBackend
 from gateway.errors import GatewayError
+from services.cache.redis import RedisBackend
 from tests.gateway.conftest import until
 from tests.processes import RedisServer
 

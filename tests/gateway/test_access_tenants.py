@@ -10,12 +10,12 @@ from gateway.access.keys import make_key
 from gateway.access.limiter import LocalLimiter
 from gateway.access.tenancy import TenantLibraries
 from gateway.cache.backend import EmbeddedBackend
-from gateway.cache.codec import Sealer
 from gateway.cache.stores import AnswerCache, PromptCache, SealedStore
 from gateway.generation.memory import TextCache
 from gateway.schema import QaRequest
 from miaotui.retrieval.library import FolderStore
 from miaotui.v1 import shard_pb2 as shard_pb
+from services.cache.codec import Sealer
 
 
 class as_tenant:

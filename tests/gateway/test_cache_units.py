@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.cache.backend import ENTRY_OVERHEAD_BYTES, EmbeddedBackend
-from gateway.cache.breaker import Breaker
-from gateway.cache.codec import Sealer
 from gateway.cache.singleflight import SingleFlight
 from gateway.cache.stores import AnswerCache, PromptCache, SealedStore, StoredAnswer, StoredSpan
 from gateway.explanation import WarningView
 from gateway.schema import QaRequest
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
+from services.cache.breaker import Breaker
+from services.cache.codec import Sealer
 from tests.gateway.conftest import until
 
 REQUEST = QaRequest.model_validate({"question": "When?", "context": "In 1925."})

@@ -11,7 +11,7 @@ import grpc
 import pytest
 from redis.asyncio import Redis
 
-from gateway.cache.redis import PREFIX, RedisBackend
+from services.cache.redis import PREFIX, RedisBackend
 from tests.gateway.conftest import Gateway, run_gateway, until
 from tests.gateway.fakes import Fakes
 from tests.processes import RedisServer

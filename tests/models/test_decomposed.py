@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering
 
 from miaotui.explain.stage import ExplainStage
-from miaotui.models.decomposed import KEY, PassageCache, divide, passage_key
+from miaotui.models.decomposed import PassageCache, divide, passage_key
 from miaotui.models.errors import PartitionError, UnsupportedModelError
 from miaotui.models.layers import LayerRange
 from miaotui.models.partition import check_layers, parse_layers, plan_stages
 from miaotui.models.stage import StageBatch, StageModel
-from tests.checkpoints import make_checkpoint, random_sequences
+from tests.checkpoints import decomposed, make_checkpoint, random_sequences
 from tests.models.conftest import LAYERS
 
 APART = 2
@@ -25,17 +24,9 @@ APART = 2
 SIZES = ((5, 30), (9, 100), (12, 0), (5, 30), (0, 17), (1, 1), (40, 300))
 
 
-def decomposed(directory: Path, layers: int = APART) -> Path:
-    """The same checkpoint, decomposed."""
-    file = directory / "config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, KEY: layers}))
-    return directory
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return decomposed(make_checkpoint(tmp_path / "model", "bert", layers=LAYERS))
+    return decomposed(make_checkpoint(tmp_path / "model", "bert", layers=LAYERS), APART)
 
 
 @pytest.fixture
@@ -147,6 +138,21 @@ def test_salts_share_nothing(model: Path, batch: StageBatch) -> None:
     assert passage_key(b"\1\0\0\0", ids) != passage_key(b"", torch.cat([torch.ones(1), ids]))
 
 
+def test_passages_of_other_token_types_are_others(model: Path, batch: StageBatch) -> None:
+    assert batch.input_ids is not None
+    stage = StageModel.load(model, device="cpu", passage_cache_bytes=1 << 24)
+    assert stage.passages is not None
+    ids, types = batch.input_ids[:35], torch.ones(35, dtype=torch.long)
+    mixed = types.clone()
+    mixed[20:] = 0
+    first = stage.run(StageBatch([35], ids, types))
+    second = stage.run(StageBatch([35], ids, mixed))
+    assert (stage.passages.hits, stage.passages.misses) == (0, 2)
+    plain = StageModel.load(model, device="cpu").run(StageBatch([35], ids, mixed))
+    torch.testing.assert_close(second, plain, atol=1e-5, rtol=0)
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
 def test_the_cache_keeps_to_its_budget_and_to_what_was_used_last() -> None:
     cache = PassageCache(3 * 400)
     rows = [torch.full((10, 10), float(number)) for number in range(4)]
@@ -200,7 +206,7 @@ def test_the_first_stage_holds_all_such_layers(model: Path) -> None:
 
 
 def test_models_that_cannot_tell_the_parts_are_refused(tmp_path: Path) -> None:
-    roberta = decomposed(make_checkpoint(tmp_path / "roberta", "roberta", layers=LAYERS))
+    roberta = decomposed(make_checkpoint(tmp_path / "roberta", "roberta", layers=LAYERS), APART)
     with pytest.raises(UnsupportedModelError, match="token types"):
         StageModel.load(roberta, device="cpu")
     for count in (LAYERS, LAYERS + 1, -1, "2"):

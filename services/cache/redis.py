@@ -1,7 +1,7 @@
 """The cache in Redis. A slow, dead or babbling Redis is a miss and nothing worse.
 
 Redis should run with `maxmemory` and `maxmemory-policy allkeys-lru` (or another that
-evicts): the gateway bounds the size of a value and its lifetime, not their number.
+evicts): its users bound the size of a value and its lifetime, not their number.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import TypeVar
 
 from opentelemetry import metrics
 from opentelemetry.metrics import Observation
+from opentelemetry.util.types import Attributes
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
 from redis.maint_notifications import MaintNotificationsConfig
 
-from gateway.cache.breaker import Breaker
+from services.cache.breaker import Breaker
 
 T = TypeVar("T")
 CONNECTIONS = 32
@@ -54,8 +55,8 @@ class RedisBackend:
             url,
             max_connections=CONNECTIONS,
             timeout=timeout,
-            socket_timeout=PROBE_SECONDS,
-            socket_connect_timeout=PROBE_SECONDS,
+            socket_timeout=max(PROBE_SECONDS, timeout),
+            socket_connect_timeout=max(PROBE_SECONDS, timeout),
             # Once more on a new connection, where Redis closed one that lay idle.
             retry=Retry(NoBackoff(), 1),
             # With these on, the pool hands out connections that Redis has closed.
@@ -67,10 +68,13 @@ class RedisBackend:
         self._timeout = timeout
         self._on_failure = on_failure
         self._breaker = Breaker("Redis", self._works)
-        # Failures are not enough to watch: while Redis is avoided, nothing fails.
-        metrics.get_meter("miaotui.gateway").create_observable_gauge(
-            "miaotui.gateway.cache.up",
-            callbacks=[lambda _: [Observation(int(self.healthy))]],
+
+    def observe(self, meter: str, name: str, labels: Attributes = None) -> None:
+        """Registers a gauge: failures are not enough to watch, as while Redis is avoided nothing
+        fails."""
+        metrics.get_meter(meter).create_observable_gauge(
+            name,
+            callbacks=[lambda _: [Observation(int(self.healthy), labels)]],
             description="1 while Redis is used, 0 while it is avoided because it failed",
         )
 
