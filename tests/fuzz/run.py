@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+
+from rich.console import Console
+from rich.progress import Progress
 
 from tests.fuzz.cases import Entry, Finding, Tally, case_random
 from tests.fuzz.contract import NAME, PHASES, check
@@ -48,9 +51,11 @@ class Run:
         """Runs the cases, some at a time, for so many seconds at most."""
         started = time.monotonic()
         self._until = started + seconds
-        waiting = iter(plan)
+        console = Console(stderr=True)
         watch = asyncio.create_task(self._watch())
-        await asyncio.gather(*(self._work(waiting) for _ in range(WORKERS)))
+        with Progress(console=console, disable=not console.is_terminal) as progress:
+            waiting = iter(progress.track(plan, description="cases"))
+            await asyncio.gather(*(self._work(waiting) for _ in range(WORKERS)))
         watch.cancel()
         with suppress(asyncio.CancelledError):
             await watch
@@ -68,8 +73,8 @@ class Run:
         self.trouble += self._services.check_processes()
         self.seconds += time.monotonic() - started
 
-    async def _work(self, waiting: object) -> None:
-        for entry, number in waiting:  # type: ignore[attr-defined]
+    async def _work(self, waiting: Iterable[tuple[Entry, int]]) -> None:
+        for entry, number in waiting:
             if self.findings > _MOST_FINDINGS or time.monotonic() > self._until:
                 return
             tally = self.tallies[entry.name]
