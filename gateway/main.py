@@ -9,6 +9,7 @@ import socket
 from contextlib import nullcontext
 
 import uvicorn
+from opentelemetry.metrics import Observation, get_meter
 from starlette.types import ASGIApp
 
 from gateway.access.control import AccessControl
@@ -64,7 +65,11 @@ def open_backends(
         settings.cache_timeout,
         metrics.cache_failure,
     )
-    redis.observe("miaotui.gateway", "miaotui.gateway.cache.up")
+    get_meter("miaotui.gateway").create_observable_gauge(
+        "miaotui.gateway.cache.up",
+        callbacks=[lambda _: [Observation(int(redis.healthy))]],
+        description="1 while Redis is used, 0 while it is avoided because it failed",
+    )
     return redis, redis
 
 

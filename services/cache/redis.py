@@ -10,9 +10,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from opentelemetry import metrics
-from opentelemetry.metrics import Observation
-from opentelemetry.util.types import Attributes
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -69,18 +66,12 @@ class RedisBackend:
         self._on_failure = on_failure
         self._breaker = Breaker("Redis", self._works)
 
-    def observe(self, meter: str, name: str, labels: Attributes = None) -> None:
-        """Registers a gauge: failures are not enough to watch, as while Redis is avoided nothing
-        fails."""
-        metrics.get_meter(meter).create_observable_gauge(
-            name,
-            callbacks=[lambda _: [Observation(int(self.healthy), labels)]],
-            description="1 while Redis is used, 0 while it is avoided because it failed",
-        )
-
     @property
     def healthy(self) -> bool:
-        """Whether Redis is being used now."""
+        """Whether Redis is being used now.
+
+        Failures are not enough to watch: while Redis is avoided, nothing fails.
+        """
         return not self._breaker.is_open
 
     async def _works(self) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from opentelemetry import metrics
+from opentelemetry.metrics import Observation
 
 from miaotui.models.decomposed import PassageCache, divide, passage_names
 from miaotui.models.stage import StageBatch, StageModel
@@ -198,7 +199,8 @@ def share_passages(settings: ShardSettings, model: StageModel) -> SharedPassages
     if url is None or secret is None or model.passages is None:
         return None
     labels = {"miaotui.stage": settings.stage}
-    failures = metrics.get_meter("miaotui.shard").create_counter(
+    meter = metrics.get_meter("miaotui.shard")
+    failures = meter.create_counter(
         "miaotui.stage.passages.redis.failures",
         unit="{operation}",
         description="Operations in Redis that failed, by reason; garbage: was not written so",
@@ -213,7 +215,11 @@ def share_passages(settings: ShardSettings, model: StageModel) -> SharedPassages
         settings.passage_redis_timeout,
         failed,
     )
-    backend.observe("miaotui.shard", "miaotui.stage.passages.redis.up", labels)
+    meter.create_observable_gauge(
+        "miaotui.stage.passages.redis.up",
+        callbacks=[lambda _: [Observation(int(backend.healthy), labels)]],
+        description="1 while Redis is used, 0 while it is avoided because it failed",
+    )
     encryption = settings.passage_redis_encryption_key
     sealer = Sealer(
         secret.get_secret_value(), None if encryption is None else encryption.get_secret_value()
