@@ -32,11 +32,13 @@ EVERYTHING: dict[str, Any] = {
     "cache": {"encrypt": True},
     "keys": {"existingSecret": "api-keys", "metricsSecret": "scraper"},
     "redis": {"url": "rediss://:password@redis.example:6379/0"},
+    "passages": {"existingSecret": "passages", "encrypt": True, "port": 6380},
     "tls": {"secretName": "certificates", "https": True},
     "telemetry": {"otlpEndpoint": "collector.example:4317", "serviceMonitor": {"enabled": True}},
     "networkPolicy": {
         "gatewayFrom": [{"namespaceSelector": {"matchLabels": {"team": "web"}}}],
         "documentsTo": [{"ipBlock": {"cidr": "10.0.0.0/8"}}],
+        "passagesTo": [{"ipBlock": {"cidr": "10.1.0.0/16"}}],
     },
     "priorityClassName": "high",
     "podAnnotations": {"a": "b"},

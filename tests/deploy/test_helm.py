@@ -290,6 +290,31 @@ def test_gateways_share_a_database_of_documents() -> None:
     assert environment(with_volume)["MIAOTUI_GATEWAY_DOCUMENTS"] == "/documents"
 
 
+def test_stage_0_alone_reaches_the_redis_of_passages() -> None:
+    manifests = render(EVERYTHING)
+    policies = of_kind(manifests, "NetworkPolicy")
+    port = {"port": 6380, "protocol": "TCP"}
+    keys = {"URL": "url", "SECRET": "secret", "ENCRYPTION_KEY": "encryption-key"}
+    names = [name for name in pods(manifests) if "stage-" in name]
+    assert "demo-miaotui-encoder-stage-0" in names
+    for name in names:
+        given = {k: v for k, v in environment(pods(manifests)[name]).items() if "PASSAGE" in k}
+        out = [r["to"] for r in policies[name]["spec"]["egress"] if port in r.get("ports", [])]
+        if name == "demo-miaotui-stage-0":
+            assert given == {
+                f"MIAOTUI_SHARD_PASSAGE_REDIS_{part}": {
+                    "secretKeyRef": {"name": "passages", "key": key}
+                }
+                for part, key in keys.items()
+            }
+            assert out == [[{"ipBlock": {"cidr": "10.1.0.0/16"}}]]
+        else:
+            assert not given, name
+            assert not out, name
+    plain = environment(pods(render({}))["demo-miaotui-stage-0"])
+    assert not [variable for variable in plain if "PASSAGE" in variable]
+
+
 def test_settings_of_a_stage_are_checked_by_the_service_itself() -> None:
     """So that the checks above mean something."""
     with pytest.raises(ValidationError):
