@@ -22,7 +22,7 @@ from torch.nn.functional import layer_norm
 from miaotui.models.attention import PackedSequences, attend_runs
 from miaotui.models.compressed import CompressedModule
 from miaotui.models.compressed_layer import CompressedLayer, fused_activation
-from miaotui.models.integer import has_kernels
+from miaotui.models.integer import largest_weight
 from miaotui.models.packed import LinearPart, PackedLinear, can_pack
 
 
@@ -145,7 +145,7 @@ def _fused(layer: nn.Module, parts: LayerParts, heads: int, attention: torch.dty
     head_dim = parts.attention_out.out_features // heads
     if not any(isinstance(module, CompressedModule) for module in layer.modules()):
         return FusedLayer(layer, parts, parts.query.out_features // head_dim)
-    if parts.output_norm.weight.dtype is torch.float32 and has_kernels():
+    if parts.output_norm.weight.dtype is torch.float32 and largest_weight():
         return CompressedLayer(parts, head_dim, attention)
     return _called(layer)
 
