@@ -116,6 +116,15 @@ bench-peers: $(STAMP) ## Measure against ONNX Runtime, OpenVINO, LitServe on the
 	$(BIN)/python -m pip install -q $(PIP_ARGS) $(PEERS)
 	$(BIN)/python -m tests.bench.compare $(ARGS)
 
+# Compiled for this machine's processor, which takes ten minutes or so on two cores.
+LLAMA := llama-cpp-python==0.3.36 gguf==0.19.0
+
+.PHONY: bench-llama
+bench-llama: $(STAMP) ## Measure generation against llama.cpp; compiles it the first time (C++).
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF $${CMAKE_ARGS:-}" \
+	  $(BIN)/python -m pip install -q $(PIP_ARGS) $(LLAMA)
+	$(BIN)/python -m tests.bench --only generation $(ARGS)
+
 .PHONY: fuzz
 fuzz: $(STAMP) ## Send 50,000 odd requests to every entry point: ARGS="--cases N --seed S".
 	$(BIN)/python -m tests.fuzz $(ARGS)

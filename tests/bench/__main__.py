@@ -12,19 +12,20 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from tests.bench.answers import cached, layers, overhead, throughput
 from tests.bench.child import Child
 from tests.bench.figures import Figure
 from tests.bench.generation import measure_generation
+from tests.bench.gguf_file import FILE_TYPES
 from tests.bench.links import measure_links
+from tests.bench.tables import print_cells
 from tests.checkpoints import make_checkpoint
 from tests.namespaces import missing
 from tests.processes import Cluster
@@ -59,17 +60,20 @@ async def measure(
     return figures, hops
 
 
-async def measure_texts(parts: Collection[str], quick: bool) -> list[Figure]:
-    """The figures asked for of a decoder with random weights."""
+async def measure_texts(
+    parts: Collection[str], quick: bool, file_types: Sequence[str]
+) -> tuple[list[Figure], list[tuple[str, str]]]:
+    """The figures asked for of a decoder with random weights; what is left out, and why."""
     figures: list[Figure] = []
+    skipped: list[tuple[str, str]] = []
     if "generation" in parts:
-        figures += await measure_generation(1, quick)
+        figures += await measure_generation(1, quick, file_types, skipped)
     if "links" in parts:
         if why := missing():
-            Console(stderr=True).print(f"links are left out: {why}")
+            skipped.append(("links", why))
         else:
             figures += await measure_links(quick)
-    return figures
+    return figures, skipped
 
 
 def machine() -> str:
@@ -84,22 +88,22 @@ def machine() -> str:
 
 def report(figures: list[Figure], hops: dict[str, float], console: Console) -> None:
     """Prints the tables."""
-    table = Table("figure", "Miaotui", "peer", "peer is", "Miaotui / peer", "difference")
-    for figure in figures:
-        table.add_row(
+    cells = [["figure", "Miaotui", "peer", "peer is", "Miaotui / peer", "difference"]]
+    cells += [
+        [
             figure.what,
             f"{figure.miaotui:.2f} {figure.unit}",
             f"{figure.peer:.2f} {figure.unit}",
             figure.peer_is,
             f"{figure.ratio:.2f}",
             f"{figure.miaotui - figure.peer:+.2f} {figure.unit}",
-        )
-    console.print(table)
+        ]
+        for figure in figures
+    ]
+    print_cells(cells, console)
     if hops:
-        table = Table("hop of an uncached question", "p50, ms")
-        for hop, milliseconds in hops.items():
-            table.add_row(hop, f"{milliseconds:.2f}")
-        console.print(table)
+        lines = [[hop, f"{milliseconds:.2f}"] for hop, milliseconds in hops.items()]
+        print_cells([["hop of an uncached question", "p50, ms"], *lines], console)
 
 
 def main() -> None:
@@ -110,6 +114,13 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="fewer questions: a minute, noisier")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="leave out others")
+    parser.add_argument(
+        "--llama",
+        nargs="*",
+        choices=FILE_TYPES,
+        default=("f32", "f16"),
+        help="llama.cpp's file types in generation (make bench-llama); default: f32 f16",
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -120,13 +131,17 @@ def main() -> None:
             model = Path(directory)
             make_checkpoint(model, "bert", layers=6, hidden=384)
         figures, hops = asyncio.run(measure(model, options.stages, options.quick, options.only))
-        figures += asyncio.run(measure_texts(options.only, options.quick))
+        texts, skipped = asyncio.run(measure_texts(options.only, options.quick, options.llama))
+    figures += texts
     console = Console()
     console.print(f"{model.name} over {options.stages} stages; {machine()}")
     report(figures, hops, console)
+    for side, why in skipped:
+        console.print(f"left out: {side}: {why}", soft_wrap=True, markup=False)
     if options.json:
         rows = [asdict(figure) | {"ratio": figure.ratio} for figure in figures]
         written = {"machine": machine(), "stages": options.stages, "figures": rows, "hops": hops}
+        written["left_out"] = skipped
         options.json.write_text(json.dumps(written, indent=2) + "\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,22 @@ def prompts(count: int, tokens: int, *, seed: int, copying: bool = False) -> lis
     return ids
 
 
+def agreement(texts: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> float:
+    """Percent of the reference's tokens that come before the first one that is another.
+
+    What follows a different token has another past, and may differ for that reason alone.
+    """
+    equal = 0
+    for text, expected in zip(texts, reference, strict=True):
+        pairs = enumerate(zip(text, expected, strict=True))
+        equal += next((at for at, (one, other) in pairs if one != other), len(expected))
+    return 100 * equal / sum(map(len, reference))
+
+
 class TransformersDecoder:
     """`AutoModelForCausalLM` in float32 on all cores."""
+
+    name = "transformers generate, one batch"
 
     def __init__(self, directory: Path) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(

@@ -24,19 +24,30 @@ def calls_of(channel: aio.Channel) -> Calls:
     )
 
 
-async def rate(calls: Calls, batch: Sequence[Sequence[int]], tokens: int, drafts: int) -> float:
-    """Tokens a second of concurrent greedy streams, from the first request to the last token."""
+async def generate(
+    calls: Calls, batch: Sequence[Sequence[int]], tokens: int, drafts: int
+) -> tuple[list[list[int]], float]:
+    """Ids of concurrent greedy streams, and their tokens a second from the first request to the
+    last token; fails where tokens are missing."""
 
-    async def write(prompt: Sequence[int]) -> None:
+    async def write(prompt: Sequence[int]) -> list[int]:
         request = pb.GenerateRequest(
             input_ids=np.asarray(prompt, "<i4").tobytes(), max_tokens=tokens, draft_tokens=drafts
         )
-        written = 0
+        written = bytearray()
         async for response in calls(request, timeout=120):
-            written += sum(len(delta.token_ids) // 4 for delta in response.deltas)
-        if written != tokens:
-            raise RuntimeError(f"{written} tokens were written instead of {tokens}")
+            for delta in response.deltas:
+                written += delta.token_ids
+        if len(written) != 4 * tokens:
+            raise RuntimeError(f"{len(written) // 4} tokens were written instead of {tokens}")
+        ids: list[int] = np.frombuffer(written, "<i4").tolist()
+        return ids
 
     started = time.perf_counter()
-    await asyncio.gather(*(write(prompt) for prompt in batch))
-    return len(batch) * tokens / (time.perf_counter() - started)
+    texts = await asyncio.gather(*(write(prompt) for prompt in batch))
+    return texts, len(batch) * tokens / (time.perf_counter() - started)
+
+
+async def rate(calls: Calls, batch: Sequence[Sequence[int]], tokens: int, drafts: int) -> float:
+    """Tokens a second of concurrent greedy streams, from the first request to the last token."""
+    return (await generate(calls, batch, tokens, drafts))[1]
