@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 
 from miaotui.compression import compress_model
+from miaotui.models.partition import plan_stages
 from miaotui.models.precision import multiplies_bfloat16
 from tests.bench.__main__ import BUNDLED, machine
 from tests.bench.engines import ENGINES, why_not
@@ -62,6 +63,10 @@ def _checkpoints(
     return found
 
 
+def _parameter_bytes(model: Path, dtype: str) -> int:
+    return sum(s.parameter_bytes for s in plan_stages(model, 1, dtype=dtype, device="cpu").stages)
+
+
 async def _engines(options: argparse.Namespace, console: Console, save: Save) -> Part:
     """All sides in turns, at every concurrency."""
     work = (
@@ -93,6 +98,8 @@ async def _engines(options: argparse.Namespace, console: Console, save: Save) ->
             console.print(f"starting {name}")
             side, _ = await miaotui(stack, name, model, options.stages, dtype=dtype)
             sides.append(side)
+        held = {"Miaotui bfloat16": (options.model, "bfloat16"), **found}
+        part["parameters"] = {name: _parameter_bytes(*one) for name, one in held.items()}
         part["title"] += f": {options.questions} questions, {options.stages} stages"
         for number in range(options.rounds + 1):
             for side in sides:

@@ -47,6 +47,9 @@ class Measured:
     cores: list[float] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     memory: int = 0
+    asked: int = 0
+    parts: dict[str, float] = field(default_factory=dict)
+    """CPU seconds of each of the side's services."""
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Side:
     ask: Callable[[Sequence[Body], int], Answered]
     roots: list[psutil.Process]
     polls: bool = False
+    services: dict[str, psutil.Process] = field(default_factory=dict)
     measured: dict[int, Measured] = field(default_factory=dict)
     """By requests in flight; 0: batches in process."""
 
@@ -79,11 +83,16 @@ class Side:
     def measure(self, bodies: Sequence[Body], at_once: int) -> None:
         """A round that counts."""
         into = self.measured.setdefault(at_once, Measured())
+        of_each = {name: cpu_seconds([process]) for name, process in self.services.items()}
         before, began = cpu_seconds(self.roots), time.perf_counter()
         rate, seconds, texts = self.round(bodies, at_once)
         into.cores.append((cpu_seconds(self.roots) - before) / (time.perf_counter() - began))
         into.rates.append(rate)
         into.seconds += seconds
+        into.asked += len(bodies)
+        for name, process in self.services.items():
+            spent = cpu_seconds([process]) - of_each[name]
+            into.parts[name] = into.parts.get(name, 0.0) + spent
         into.texts = texts
         into.memory = sum(p.memory_full_info().pss for p in family(self.roots))
 
@@ -102,6 +111,8 @@ class Row:
     memory: float
     equal: float
     f1: float | None
+    parts: dict[str, float] = field(default_factory=dict)
+    """CPU milliseconds a question of each of Miaotui's services."""
 
 
 def family(roots: Sequence[psutil.Process]) -> list[psutil.Process]:
@@ -136,6 +147,7 @@ def row(side: Side, at_once: int, reference: Sequence[str], work: Workload) -> R
         of.memory / 1e6,
         100 * statistics.fmean(a == b for a, b in zip(of.texts, reference, strict=False)),
         work.f1(of.texts) if whole else None,
+        {name: 1e3 * spent / of.asked for name, spent in of.parts.items()},
     )
 
 
@@ -184,7 +196,10 @@ async def miaotui(
     stack.callback(cluster.stop)
     await cluster.ready()
     pids = [process.pid for process in cluster.processes]
-    return _asked(stack, name, "miaotui", cluster.url, "/v1/qa", pids), cluster
+    side = _asked(stack, name, "miaotui", cluster.url, "/v1/qa", pids)
+    names = (process.name for process in cluster.processes)
+    side.services = dict(zip(names, side.roots, strict=True))
+    return side, cluster
 
 
 def litserve(stack: ExitStack, engine: str, model: Path, kept: Path, probe: Sequence[Body]) -> Side:

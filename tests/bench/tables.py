@@ -73,6 +73,48 @@ def verdict(rows: Sequence[Mapping[str, Any]], at_once: int = 32) -> list[str]:
     return lines
 
 
+def smaller(
+    rows: Sequence[Mapping[str, Any]], parameters: Mapping[str, int], at_once: int = 32
+) -> list[str]:
+    """The target for a smaller model, in words: of the fastest that loses one F1 at most.
+
+    `parameters`: bytes in memory by side. Where the CPU does not multiply bfloat16 faster,
+    speed is told against float32, memory against bfloat16 all the same.
+    """
+    ours = {
+        row["name"].removeprefix("Miaotui "): row
+        for row in rows
+        if row["kind"] == "miaotui" and row["at_once"] == at_once
+    }
+    whole = ours.get("bfloat16") or ours.get("float32")
+    least = None if whole is None or whole["f1"] is None else whole["f1"] - 1
+    small = [
+        row
+        for name, row in ours.items()
+        if name.startswith("int") and (least is None or row["f1"] >= least)
+    ]
+    if whole is None or not small:
+        return []
+    best = max(small, key=lambda row: float(row["questions_a_second"]))
+    share = parameters[best["name"]] / parameters["Miaotui bfloat16"]
+    speed = best["questions_a_second"] / whole["questions_a_second"]
+    lost = "" if least is None else f", for {whole['f1'] - best['f1']:.1f} F1"
+    return [
+        f"{best['name']} holds {share:.2f} of bfloat16's bytes (target 0.5) and is {speed:.2f} "
+        f"times as fast as {whole['name']} (target 2 times bfloat16){lost}"
+    ]
+
+
+def where(rows: Sequence[Mapping[str, Any]], at_once: int = 32) -> list[str]:
+    """CPU time a question of each of Miaotui's services, side by side."""
+    return [
+        f"CPU ms a question, {row['name']}, {at_once} at once: "
+        + ", ".join(f"{name} {spent:.1f}" for name, spent in row["parts"].items())
+        for row in rows
+        if row.get("parts") and row["at_once"] == at_once
+    ]
+
+
 def markdown(cells: Cells) -> str:
     """A Markdown table; numbers to the right."""
     head, *lines = cells
@@ -99,11 +141,18 @@ def sections(report: Mapping[str, Any]) -> list[tuple[str, Cells, list[str]]]:
         if part["rows"]:
             of_engines = name == "engines"
             cells = (engine_cells if of_engines else dict_cells)(part["rows"])
-            remarks = verdict(part["rows"]) if of_engines else []
+            remarks = _of_engines(part) if of_engines else []
             remarks += part.get("remarks", [])
             remarks += [f"left out: {side}: {why}" for side, why in part.get("skipped", [])]
             found.append((part["title"], cells, remarks))
     return found
+
+
+def _of_engines(part: Mapping[str, Any]) -> list[str]:
+    rows = part["rows"]
+    parameters = part.get("parameters")
+    small = smaller(rows, parameters) if parameters else []
+    return [*verdict(rows), *small, *where(rows)]
 
 
 def write_markdown(report: Mapping[str, Any], file: Path) -> None:

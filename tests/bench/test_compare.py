@@ -20,7 +20,15 @@ from tests.bench import engines
 from tests.bench.answering import Answerer
 from tests.bench.arrivals import Arrivals
 from tests.bench.questions import questions
-from tests.bench.tables import engine_cells, plot, print_cells, verdict, write_markdown
+from tests.bench.tables import (
+    engine_cells,
+    plot,
+    print_cells,
+    smaller,
+    verdict,
+    where,
+    write_markdown,
+)
 from tests.checkpoints import make_checkpoint
 
 
@@ -150,6 +158,25 @@ def test_the_targets_are_judged_by_the_fastest_that_loses_half_a_point_at_most()
     assert "missed" in served
     assert "1.25 times the best bare peer" in bare
     assert "reached" in bare
+
+
+def test_the_smaller_model_is_the_fastest_that_loses_one_point_at_most() -> None:
+    parameters = {"Miaotui bfloat16": 48, "Miaotui int8": 25, "Miaotui int8-static": 24}
+    (line,) = smaller(ROWS, parameters)
+    assert line.startswith("Miaotui int8-static holds 0.50 of bfloat16's bytes")
+    assert "2.25 times as fast as Miaotui float32" in line
+    assert "for 1.0 F1" in line
+    worse = [row if row["name"] != "Miaotui int8-static" else {**row, "f1": 78.9} for row in ROWS]
+    assert smaller(worse, parameters)[0].startswith("Miaotui int8 holds 0.52")
+    assert smaller(ROWS[3:], parameters) == []
+
+
+def test_the_report_says_where_the_time_goes() -> None:
+    assert where(ROWS) == []
+    rows = [{**ROWS[0], "parts": {"gateway": 2.04, "shard-0": 30.0}}, *ROWS[1:]]
+    assert where(rows) == [
+        "CPU ms a question, Miaotui float32, 32 at once: gateway 2.0, shard-0 30.0"
+    ]
 
 
 def test_reports_are_whole_at_eighty_columns(tmp_path: Path) -> None:
