@@ -48,13 +48,11 @@ METHODS = (
 )
 
 
-def run(directory: Path, split: str, fuse: bool = True) -> torch.Tensor:
+def run(directory: Path, split: str) -> torch.Tensor:
     """Span logits of the stages of a split, one after another."""
     tensor = None
     for part in split.split(","):
-        stage = StageModel.load(
-            directory, LayerRange.parse(part), device="cpu", dtype="float32", fuse=fuse
-        )
+        stage = StageModel.load(directory, LayerRange.parse(part), device="cpu", dtype="float32")
         if tensor is None:
             ids = torch.cat(random_sequences(stage.shape, LENGTHS))
             tensor = stage.run(StageBatch(LENGTHS, ids))
