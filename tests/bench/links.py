@@ -1,12 +1,14 @@
 """Generation over a slow link: two stages on two hosts with 20 ms between them.
 
 What a pipeline gains from many streams, and from guessing ahead, where every token costs a
-round trip. Hosts are network namespaces (tests/namespaces.py), so this needs root.
+round trip. Hosts are network namespaces (tests/namespaces.py), so this needs root; each has a
+share of this machine's cores to itself, as hosts do.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 import sys
 import tempfile
@@ -32,11 +34,14 @@ class SlowRing:
 
     def __init__(self, model: Path, hosts: Hosts, logs: Path) -> None:
         stages = [hosts.address(0), hosts.address(1)]
+        cores = sorted(os.sched_getaffinity(0))
         self.target = f"{hosts.outside(0)}:{PORT}"
         self._processes = [
             ServiceProcess(
                 f"stage-{index}",
-                hosts.command(index, [sys.executable, "-m", "services.shard"]),
+                hosts.command(
+                    index, [*_on(cores[index::2] or cores), sys.executable, "-m", "services.shard"]
+                ),
                 {
                     "MIAOTUI_SHARD_MODEL": str(model),
                     "MIAOTUI_SHARD_STAGE": str(index),
@@ -77,6 +82,10 @@ class SlowRing:
         await self._channel.close()
         for process in self._processes:
             process.stop()
+
+
+def _on(cores: list[int]) -> list[str]:
+    return ["taskset", "--cpu-list", ",".join(map(str, cores))]
 
 
 async def measure_links(quick: bool) -> list[Figure]:
