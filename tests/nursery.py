@@ -216,8 +216,8 @@ def main() -> None:
     request = _serve()
     if request is None:
         return
-    # Done above, and refused once torch is there.
-    threads.configure_threads = lambda: None
+    # Done before, and refused once torch and numpy are there.
+    threads.configure_threads = threads.leave_other_cores = lambda: None
     sys.argv = [request["module"]]
     runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
 

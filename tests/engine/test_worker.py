@@ -268,6 +268,22 @@ def test_threads_are_configured_before_torch_or_not_at_all() -> None:
     assert done.stdout.split() == ["False", "True", "7", "True"]
 
 
+def test_numpy_multiplies_on_one_thread_or_says_that_it_is_too_late() -> None:
+    code = (
+        "import os, sys; e = os.environ; e.pop('OPENBLAS_NUM_THREADS', None)\n"
+        "from miaotui.engine.threads import leave_other_cores as c\n"
+        "assert 'numpy' not in sys.modules\n"
+        "e['OPENBLAS_NUM_THREADS'] = '3'; c(); print(e.pop('OPENBLAS_NUM_THREADS')); c()\n"
+        "import numpy as np; a = np.ones((800, 800)); a @ a\n"
+        "print(len(os.listdir('/proc/self/task')))\n"
+        "del e['OPENBLAS_NUM_THREADS']\n"
+        "try: c()\n"
+        "except RuntimeError as e: print('before any import' in str(e))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3", "1", "True"]
+
+
 def test_an_event_loop_does_not_start_a_team_of_its_own() -> None:
     code = (
         "import os, torch\n"
