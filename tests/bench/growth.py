@@ -29,6 +29,8 @@ from tests.processes import free_port
 
 Part = dict[str, Any]
 LOAD_SECONDS = 12.0
+# Of the share by whose p99 the target goes: in 12 s that is the second slowest of 150 answers.
+CALM, CALM_SECONDS = 0.7, 60.0
 SHARES = (0.1, 0.25, 0.5, 0.7, 0.9, 1.0, 1.25, 1.5, 2.0)
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 STAGES = (1, 2, 3, 4, 5, 6)
@@ -66,7 +68,7 @@ async def load(options: argparse.Namespace, console: Console) -> Part:
                 "offer",
                 bodies=bodies,
                 rate=share * capacity,
-                seconds=LOAD_SECONDS,
+                seconds=CALM_SECONDS if share == CALM else LOAD_SECONDS,
                 path="/v1/qa",
             )
             p50, p99 = (percentile(told["answered"], p) for p in (0.5, 0.99))
@@ -91,11 +93,12 @@ async def load(options: argparse.Namespace, console: Console) -> Part:
 
 def _of_load(rows: list[dict[str, Any]], capacity: float) -> list[str]:
     by_share = {row["of capacity"]: row for row in rows}
-    calm, twice = by_share["0.7"], by_share["2"]
+    calm, twice = by_share[f"{CALM:g}"], by_share["2"]
     most = max(row["answered/s"] for row in rows)
     return [
         f"capacity, {AT_ONCE} at once in a closed loop: {capacity:.1f} questions a second",
-        f"p99 at 70 % of capacity: {calm['p99 ms'] / calm['p50 ms']:.2f} times the p50 (target 3)",
+        f"p99 at {100 * CALM:.0f} % of capacity: {calm['p99 ms'] / calm['p50 ms']:.2f} times the p50 "
+        "(target 3)",
         f"at twice the capacity {100 * twice['answered/s'] / most:.0f} % of the highest throughput "
         "are left",
     ]
