@@ -97,8 +97,8 @@ def _of_load(rows: list[dict[str, Any]], capacity: float) -> list[str]:
     most = max(row["answered/s"] for row in rows)
     return [
         f"capacity, {AT_ONCE} at once in a closed loop: {capacity:.1f} questions a second",
-        f"p99 at {100 * CALM:.0f} % of capacity: {calm['p99 ms'] / calm['p50 ms']:.2f} times the p50 "
-        "(target 3)",
+        f"p99 at {100 * CALM:.0f} % of capacity: {calm['p99 ms'] / calm['p50 ms']:.2f} times the "
+        "p50 (target 3)",
         f"at twice the capacity {100 * twice['answered/s'] / most:.0f} % of the highest throughput "
         "are left",
     ]
