@@ -31,6 +31,7 @@ NO_CACHES = {
     "MIAOTUI_GATEWAY_PROMPT_CACHE_BYTES": "1",
     # 32 passages of 4,096 tokens at once take longer than the usual limit on a slow machine.
     "MIAOTUI_GATEWAY_REQUEST_TIMEOUT": "120",
+    "MIAOTUI_GATEWAY_MAX_REQUEST_TIMEOUT": "120",
 }
 Answered = tuple[float, list[float], list[str]]
 """Questions a second, each one's seconds (empty: not told), the answers."""
