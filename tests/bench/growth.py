@@ -124,6 +124,8 @@ async def lengths(options: argparse.Namespace, console: Console) -> Part:
         peer = stack.enter_context(Child("tests.bench.peers", str(options.model)))
         for side in (plain, small):
             await asyncio.to_thread(_warm, side)
+        # It takes cores while it loads.
+        await asyncio.to_thread(peer, "throughput", bodies=made(16, 99).bodies, batch=16)
         for tokens in LENGTHS:
             console.print(f"lengths: {tokens} tokens")
             bodies = _of_length(tokenizer, tokens, min(96, max(8, 20_000 // tokens)), tokens)
