@@ -17,6 +17,9 @@ from miaotui.engine.threads import available_cores, threads_for
 
 log = logging.getLogger(__name__)
 
+# A stage that rehearses while the request is at another one takes cores from it.
+_QUIET_SECONDS = 0.5
+
 
 class QueueFullError(Exception):
     """The worker's queue is full: nothing was done, try again later."""
@@ -99,7 +102,7 @@ class ComputeWorker:
             prepare: called once on the thread, before the first batch; `StageModel.warm_up`
                 here spares the first request the set-up of threads and kernels.
             rehearse: more of that, in steps; made once for every number of threads that a
-                batch may get, and advanced on the thread while nothing waits.
+                batch may get, and advanced on the thread while nothing has come for a while.
             name: the thread's name, for debuggers and profilers.
 
         Raises:
@@ -117,10 +120,12 @@ class ComputeWorker:
         self._model = model
         self._prepare = prepare
         self._rehearsal = self._rehearse(rehearse) if rehearse is not None else iter(())
+        self._rehearsed = rehearse is None
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._busy = False
+        self._last = time.monotonic()
         # A daemon, so that a batch that never ends cannot keep a process from exiting.
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
         self._thread.start()
@@ -197,14 +202,15 @@ class ComputeWorker:
                 # Not fatal here: a batch that hits the same trouble reports it to its caller.
                 log.exception("the compute thread could not warm up")
         while True:
-            while not self._jobs and not self._closed and next(self._rehearsal, None):
-                pass
+            while not self._rehearsed and self._quiet():
+                self._rehearsed = next(self._rehearsal, None) is None
             if (job := self._next()) is None:
                 return
             if job.future.set_running_or_notify_cancel():
                 self._compute(job)
             # The tensors are the caller's: this thread must not keep them alive while idle.
             del job
+            self._last = time.monotonic()
 
     def _rehearse(self, rehearse: Callable[[], Iterator[object]]) -> Iterator[bool]:
         """Yield True after each step. Fewer threads come last: a lone batch has most."""
@@ -225,6 +231,13 @@ class ComputeWorker:
                     yield True
         except Exception:
             log.exception("the compute thread could not rehearse")
+
+    def _quiet(self) -> bool:
+        """Whether nothing has come for so long that this machine's other stages rest, too."""
+        with self._changed:
+            self._busy = False
+            left = self._last + _QUIET_SECONDS - time.monotonic()
+            return not self._changed.wait_for(lambda: self._jobs or self._closed, max(left, 0))
 
     def _next(self) -> _Job | None:
         with self._changed:

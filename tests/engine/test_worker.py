@@ -324,6 +324,29 @@ def test_rehearsals_wait_for_work(fake: Fake, make: Callable[..., ComputeWorker]
     assert computed == [0, 1, 1]
 
 
+def test_nothing_is_rehearsed_between_one_batch_and_the_next(
+    make: Callable[..., ComputeWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    ended = threading.Event()
+
+    def rehearse() -> Iterator[int]:
+        steps.append(0)
+        yield 0
+        ended.set()
+
+    monkeypatch.setattr("miaotui.engine.worker._QUIET_SECONDS", 60.0)
+    worker = make(rehearse=rehearse, cores=1)
+    for _ in range(3):
+        assert worker.submit(StageBatch([7])).result(60).output.item() == 7
+        time.sleep(0.1)
+    assert not steps
+    assert not worker.busy
+    monkeypatch.setattr("miaotui.engine.worker._QUIET_SECONDS", 0.0)
+    worker.submit(StageBatch([7])).result(60)
+    assert ended.wait(60)
+
+
 def test_every_number_of_threads_is_rehearsed(make: Callable[..., ComputeWorker]) -> None:
     steps: list[tuple[int, int]] = []
     ended = threading.Event()
