@@ -119,8 +119,7 @@ class ComputeWorker:
         self.cores = cores
         self._model = model
         self._prepare = prepare
-        self._rehearsal = self._rehearse(rehearse) if rehearse is not None else iter(())
-        self._rehearsed = rehearse is None
+        self._rehearsal = None if rehearse is None else self._rehearse(rehearse)
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -202,8 +201,9 @@ class ComputeWorker:
                 # Not fatal here: a batch that hits the same trouble reports it to its caller.
                 log.exception("the compute thread could not warm up")
         while True:
-            while not self._rehearsed and self._quiet():
-                self._rehearsed = next(self._rehearsal, None) is None
+            while self._rehearsal is not None and self._quiet():
+                if next(self._rehearsal, None) is None:
+                    self._rehearsal = None
             if (job := self._next()) is None:
                 return
             if job.future.set_running_or_notify_cancel():
