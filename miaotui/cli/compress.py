@@ -37,9 +37,9 @@ def register(app: typer.Typer) -> None:
   miaotui up --model fast
 
 [bold]Methods[/]: int8, int8-static, int2 to int7 (and -static), prune-weights=SHARE, \
-prune-2:4, prune-heads=SHARE, prune-neurons=SHARE, prune-layers=COUNT, svd=SHARE, asvd=SHARE, \
-decompose=COUNT \
-(the share of parameters kept); several with commas between, a quantisation last."""
+prune-2:4, prune-heads=SHARE, prune-neurons=SHARE, prune-layers=COUNT, svd=SHARE, asvd=SHARE \
+(the share of parameters kept), decompose=COUNT, words=BITS (of the word embeddings); several \
+with commas between, a quantisation last."""
     )(compress)
 
 

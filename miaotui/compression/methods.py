@@ -11,9 +11,11 @@ from miaotui.compression.errors import CompressionError
 PRUNING = ("prune-weights", "prune-2:4", "prune-heads", "prune-neurons", "prune-layers")
 FACTORING = ("svd", "asvd")
 DECOMPOSING = "decompose"
+WORDS = "words"
 EXAMPLES = (
     "int8, int8-static, int4 (2 to 7 bits), int4-static, prune-weights=0.5, prune-2:4, "
-    "prune-heads=0.25, prune-neurons=0.25, prune-layers=1, svd=0.5, asvd=0.5, decompose=3; "
+    "prune-heads=0.25, prune-neurons=0.25, prune-layers=1, svd=0.5, asvd=0.5, decompose=3, "
+    "words=4; "
     "several, in order, with commas between"
 )
 
@@ -23,8 +25,8 @@ class Step:
     """One thing to do.
 
     `value`: the share to prune (0 to 1), layers to take out or to decompose, or the share of
-    parameters that a factorised layer keeps; the bits of a quantisation. `static`: whether a
-    quantisation's activations are rounded by calibrated scales.
+    parameters that a factorised layer keeps; the bits of a quantisation or of word embeddings.
+    `static`: whether a quantisation's activations are rounded by calibrated scales.
     """
 
     name: str
@@ -33,12 +35,17 @@ class Step:
 
     @property
     def kind(self) -> str:
-        """quantize, prune, decompose or factorize."""
+        """quantize, prune, decompose, words or factorize."""
         if self.name in PRUNING:
             return "prune"
-        if self.name == DECOMPOSING:
-            return "decompose"
+        if self.name in (DECOMPOSING, WORDS):
+            return self.name
         return "factorize" if self.name in FACTORING else "quantize"
+
+    @property
+    def takes_away(self) -> bool:
+        """Whether a training afterwards can give back what it takes."""
+        return self.kind not in ("quantize", WORDS)
 
     @property
     def needs_questions(self) -> bool:
@@ -63,6 +70,7 @@ _VALUES: dict[str, tuple[_Check, str]] = {
     "prune-neurons": _SHARE,
     "prune-layers": _COUNT,
     DECOMPOSING: _COUNT,
+    WORDS: (lambda value: value in (2, 4, 8), "2, 4 or 8 bits"),
     "svd": _SHARE,
     "asvd": _SHARE,
 }
@@ -85,9 +93,10 @@ def parse_method(text: str) -> tuple[Step, ...]:
             )
         if step.kind == "quantize":
             quantized = step
-    for name in (*PRUNING, *FACTORING, DECOMPOSING):
+    for name in (*PRUNING, *FACTORING, DECOMPOSING, WORDS):
         if sum(step.name == name for step in steps) > 1:
-            raise CompressionError(f"{name} twice; give it once, with the whole share")
+            what = "once" if name == WORDS else "once, with the whole share"
+            raise CompressionError(f"{name} twice; give it {what}")
     if len([step for step in steps if step.kind == "factorize"]) > 1:
         raise CompressionError("svd and asvd exclude each other; give one of them")
     names = [step.kind for step in steps]
@@ -117,6 +126,6 @@ def _parse(text: str) -> Step:
     if not check(number):
         raise CompressionError(
             f"{text}: {name} takes {what}, such as {name}="
-            + ("1" if _VALUES[name] is _COUNT else "0.25")
+            + ("4" if name == WORDS else "1" if _VALUES[name] is _COUNT else "0.25")
         )
     return Step(name, number)

@@ -11,14 +11,15 @@ from miaotui.compression.questions import Labelled
 from miaotui.compression.statistics import InputCodes, InputStatistics, input_statistics
 from miaotui.compression.workspace import INPUTS, Workspace
 from miaotui.models.compressed import (
+    AnyTable,
     Int8Embedding,
     Int8Linear,
     LowRankLinear,
+    PackedEmbedding,
     PackedLinear,
     QuantizedLinear,
-    quantize_groups,
-    quantize_rows,
 )
+from miaotui.models.rounding import quantize_groups, quantize_rows
 
 
 def quantize(
@@ -33,7 +34,7 @@ def quantize(
 
     Args:
         workspace: the model; its linears may have been pruned or factorised.
-        bits: of the layers' weights: 8, or 2 to 7 in groups. Embeddings always get 8.
+        bits: of the layers' weights: 8, or 2 to 7 in groups. Word embeddings get 8.
         static: whether activations are rounded by scales calibrated on `batches` (W8A8 static)
             or by one found for each token as it comes.
         batches: what to calibrate on, with `static`.
@@ -55,10 +56,27 @@ def quantize(
         else:
             new = _round(module, bits, group, chosen)
         workspace.replace(module, new)
+    quantize_words(workspace, 8, group)
+
+
+def quantize_words(workspace: Workspace, bits: int, group: int = 32) -> None:
+    """Round the word embeddings of a model in place, unless they are rounded already.
+
+    Args:
+        workspace: the model.
+        bits: 8, with a scale for each row, or 2 or 4, in groups.
+        group: values of a row that share a scale, below 8 bits.
+    """
     for name, module in list(workspace.skeleton.root.named_modules()):
         if isinstance(module, nn.Embedding) and name.endswith("word_embeddings"):
-            table = Int8Embedding(module.num_embeddings, module.embedding_dim)
-            table.weight, table.weight_scale = quantize_rows(module.weight.detach())
+            shape, weight = (module.num_embeddings, module.embedding_dim), module.weight.detach()
+            table: AnyTable
+            if bits == 8:
+                table = Int8Embedding(*shape)
+                table.weight, table.weight_scale = quantize_rows(weight)
+            else:
+                table = PackedEmbedding(*shape, bits=bits, group=group)
+                table.weight, table.weight_scale = quantize_groups(weight, bits, group)
             workspace.replace(module, table)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from miaotui.compression.questions import Labelled
 from miaotui.compression.workspace import INPUTS, Workspace
-from miaotui.models.compressed import quantize_rows
+from miaotui.models.rounding import quantize_rows
 
 _ROWS = 384  # tokens on which scales are chosen
 _SHRINKS = (1.0, 0.9, 0.8, 0.7)

@@ -20,7 +20,7 @@ from miaotui.compression.prune import (
     prune_weights,
     sensitivity,
 )
-from miaotui.compression.quantize import quantize
+from miaotui.compression.quantize import quantize, quantize_words
 from miaotui.compression.questions import (
     Labelled,
     labelled_batches,
@@ -46,7 +46,7 @@ class Options:
         evaluate: SQuAD files to score before and after; others than `calibrate`'s.
         calibration_questions: at most so many of each file of `calibrate`.
         limit: at most so many of each file of `evaluate`.
-        group_size: inputs that share a scale, below 8 bits.
+        group_size: inputs, or values of a word's embedding, that share a scale, below 8 bits.
         second_order: sensitivity by the Fisher diagonal rather than by the gradient.
         recover_steps: of distillation after pruning or factorising; 0: none.
         seed: of the questions drawn.
@@ -125,7 +125,7 @@ def apply_step(
     """Do one step to a model, in place; returns what to report of it."""
     done: dict[str, Any] = {}
     teacher = None
-    if step.kind != "quantize" and options.recover_steps:
+    if step.takes_away and options.recover_steps:
         teacher = Workspace.open(workspace.directory)
     if step.kind == "quantize":
         quantize(
@@ -135,6 +135,9 @@ def apply_step(
             batches=batches,
             group=options.group_size,
         )
+        return done
+    if step.kind == "words":
+        quantize_words(workspace, int(step.value), options.group_size)
         return done
     if step.kind == "factorize":
         statistics = None
@@ -175,7 +178,7 @@ def check(steps: Sequence[Step], options: Options) -> None:
         CompressionError: says which.
     """
     needing = [str(step) for step in steps if step.needs_questions]
-    recovers = bool(options.recover_steps) and any(step.kind != "quantize" for step in steps)
+    recovers = bool(options.recover_steps) and any(step.takes_away for step in steps)
     if options.private and not recovers:
         raise CompressionError(
             "private questions are for recovery only; give --recover-steps, and a method that "

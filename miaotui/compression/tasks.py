@@ -81,7 +81,7 @@ def make(run: Run, method: str, out: Path) -> Made:
         steps = parse_method(method)
         workspace = Workspace.open(run.source)
         batches = _calibration(run)
-        recovering = [step for step in steps if step.kind != "quantize"]
+        recovering = [step for step in steps if step.takes_away]
         private = None
         if run.options.private:
             tokenizer = load_tokenizer(run.source)

@@ -24,10 +24,11 @@ from miaotui.models.checkpoint import (
 from miaotui.models.compressed import (
     BLOCK,
     VERSION,
+    AnyTable,
     CompressedModule,
-    Int8Embedding,
     compressed_modules,
     describe_linear,
+    describe_table,
     is_quantized,
 )
 from miaotui.models.decomposed import KEY as DECOMPOSED
@@ -254,9 +255,9 @@ class Workspace:
             if not plain or shape != usual.get(part, (hidden, hidden)):
                 linears[names[module]] = describe_linear(module)
         tables = {
-            name: {"format": "int8", "rows": module.rows, "width": module.width}
+            name: describe_table(module)
             for name, module in compressed_modules(self.skeleton.root)
-            if isinstance(module, Int8Embedding)
+            if isinstance(module, AnyTable)
         }
         return {"linears": linears, "embeddings": tables}
 

@@ -11,14 +11,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
 from miaotui.models.errors import CheckpointError
+from miaotui.models.rounding import (
+    dequantize_groups,
+    quantize_rows,
+    round_per_token,
+    round_static,
+    unpack_codes,
+    unpack_even_codes,
+)
 
 BLOCK = "miaotui_compression"
+TABLE_BITS = (2, 4)  # of a packed table: several codes a byte, none across two
 VERSION = 1
 
 
@@ -122,9 +130,8 @@ class PackedLinear(QuantizedLinear):
 
     def dequantized(self) -> torch.Tensor:
         """The weights that the codes stand for, float32 [out, in]."""
-        codes = unpack_codes(self.weight, self.bits, self.in_features).float()
-        scale = self.weight_scale.repeat_interleave(self.group, 1)[:, : self.in_features]
-        return codes * scale
+        codes = unpack_codes(self.weight, self.bits, self.in_features)
+        return dequantize_groups(codes, self.weight_scale, self.group)
 
     def as_int8(self) -> Int8Linear:
         """The same weights rounded once more, to 8 bits per output channel."""
@@ -194,66 +201,33 @@ class Int8Embedding(CompressedModule):
         return self.weight[ids].float().mul_(self.weight_scale[ids].unsqueeze(-1))
 
 
-AnyLinear = nn.Linear | Int8Linear | PackedLinear | LowRankLinear
+class PackedEmbedding(CompressedModule):
+    """A table of rows [rows, width] in 2 or 4 bits with scales per group of a row's values.
 
-
-def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round float [rows, width] to int8 codes from -127 to 127 and a float32 scale a row."""
-    scale = (weight.float().abs().amax(1) / 127).clamp_min(1e-12)
-    return (weight.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
-
-
-def quantize_groups(
-    weight: torch.Tensor, bits: int, group: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round float [out, in] to packed codes of `bits` bits, with a scale per `group` inputs.
-
-    The scale of a group is the one of a few fractions of its greatest weight that leaves the
-    least squared error. Returns what `PackedLinear` holds.
+    `weight` uint8 [rows, ceil(width * bits / 8)] and `weight_scale` float32
+    [rows, ceil(width / group)], as `PackedLinear`'s, but that it stays packed in memory: a lookup
+    unpacks the rows that it takes.
     """
-    outputs, inputs = weight.shape
-    groups = -(-inputs // group)
-    padded = torch.zeros(outputs, groups * group)
-    padded[:, :inputs] = weight
-    blocks = padded.view(outputs, groups, group)
-    top = 2 ** (bits - 1) - 1
-    greatest = blocks.abs().amax(2, keepdim=True).clamp_min(1e-12)
-    best = torch.full_like(greatest, torch.inf)
-    scale = greatest / top
-    for fraction in (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6):
-        tried = greatest * (fraction / top)
-        codes = (blocks / tried).round().clamp(-top - 1, top)
-        error = (codes * tried - blocks).square().sum(2, keepdim=True)
-        scale = torch.where(error < best, tried, scale)
-        best = torch.minimum(error, best)
-    codes = (blocks / scale).round().clamp(-top - 1, top).view(outputs, -1)[:, :inputs]
-    return pack_codes(codes.to(torch.int8), bits), scale.squeeze(2)
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+
+    def __init__(self, rows: int, width: int, *, bits: int, group: int) -> None:
+        super().__init__()
+        if bits not in TABLE_BITS or group < 1:
+            raise ValueError(f"a table of {bits} bits in groups of {group}")
+        self.rows, self.width, self.bits, self.group = rows, width, bits, group
+        self.register_buffer("weight", torch.zeros(rows, -(-width * bits // 8), dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.ones(rows, -(-width // group)))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """int64 [...] to float32 [..., width]."""
+        codes = unpack_even_codes(self.weight[ids], self.bits, self.width)
+        return dequantize_groups(codes, self.weight_scale[ids], self.group)
 
 
-def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack int8 codes [rows, width] from -2^(bits-1) on into uint8 [rows, ceil(width*bits/8)]."""
-    unsigned = (codes.to(torch.int16) + 2 ** (bits - 1)).numpy().astype(np.uint8)
-    single = np.unpackbits(unsigned[:, :, None], axis=2)[:, :, 8 - bits :]
-    return torch.from_numpy(np.packbits(single.reshape(len(unsigned), -1), axis=1))
-
-
-def unpack_codes(packed: torch.Tensor, bits: int, width: int) -> torch.Tensor:
-    """Undo `pack_codes`: int8 [rows, width]."""
-    single = np.unpackbits(packed.numpy(), axis=1)[:, : width * bits]
-    single = single.reshape(len(packed), width, bits)
-    unsigned = np.packbits(single, axis=2)[:, :, 0] >> (8 - bits)
-    return torch.from_numpy(unsigned.astype(np.int16) - 2 ** (bits - 1)).to(torch.int8)
-
-
-def round_static(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """Round float32 to the values that unsigned 8-bit codes stand for."""
-    return ((x / scale).round() + zero).clamp(0, 255).sub(zero) * scale
-
-
-def round_per_token(x: torch.Tensor) -> torch.Tensor:
-    """Round float32 [..., width] to 255 levels, symmetric, with a scale for every token."""
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
-    return (x / scale).round() * scale
+AnyTable = Int8Embedding | PackedEmbedding
+AnyLinear = nn.Linear | Int8Linear | PackedLinear | LowRankLinear
 
 
 def compressed_modules(root: nn.Module) -> Iterator[tuple[str, CompressedModule]]:
@@ -265,7 +239,7 @@ def compressed_modules(root: nn.Module) -> Iterator[tuple[str, CompressedModule]
 
 def is_quantized(root: nn.Module) -> bool:
     """Whether any weights below are held in fewer than 16 bits."""
-    kinds = (Int8Linear, PackedLinear, Int8Embedding)
+    kinds = (Int8Linear, PackedLinear, AnyTable)
     return any(isinstance(module, kinds) for _, module in compressed_modules(root))
 
 
@@ -322,6 +296,28 @@ def build_linear(spec: Mapping[str, Any]) -> AnyLinear:
     )
 
 
+def describe_table(module: AnyTable) -> dict[str, Any]:
+    """Return what `build_table` needs to make such a module."""
+    shape = {"rows": module.rows, "width": module.width}
+    if isinstance(module, PackedEmbedding):
+        return {"format": "packed", "bits": module.bits, "group": module.group, **shape}
+    return {"format": "int8", **shape}
+
+
+def build_table(spec: Mapping[str, Any]) -> AnyTable:
+    """Return an empty table of such a kind.
+
+    Raises:
+        KeyError, TypeError, ValueError: the specification is malformed.
+    """
+    rows, width = int(spec["rows"]), int(spec["width"])
+    if spec["format"] == "packed":
+        return PackedEmbedding(rows, width, bits=int(spec["bits"]), group=int(spec["group"]))
+    if spec["format"] != "int8":
+        raise ValueError(f"unknown format {spec['format']!r}")
+    return Int8Embedding(rows, width)
+
+
 def apply_compression(root: nn.Module, block: Mapping[str, Any]) -> None:
     """Replace a skeleton's modules, where it has them, by those that a block names.
 
@@ -338,7 +334,7 @@ def apply_compression(root: nn.Module, block: Mapping[str, Any]) -> None:
             name: build_linear(spec) for name, spec in block.get("linears", {}).items()
         }
         for name, spec in block.get("embeddings", {}).items():
-            replaced[name] = Int8Embedding(int(spec["rows"]), int(spec["width"]))
+            replaced[name] = build_table(spec)
         for name, module in replaced.items():
             parent_name, _, leaf = name.rpartition(".")
             parent = _find(root, parent_name)

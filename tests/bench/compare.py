@@ -58,7 +58,7 @@ def _checkpoints(
     else:
         files = [data / name for name in ("wiki.json", "cmrc_trial.json")]
         files = [file for file in files if file.exists()] or sorted(data.glob("*.json"))[:2]
-        compress_model(model, folder / "static", method="int8-static", calibrate=files)
+        compress_model(model, folder / "static", method="words=4,int8-static", calibrate=files)
         found["Miaotui int8-static"] = (folder / "static", "auto")
     return found
 

@@ -45,6 +45,8 @@ METHODS = (
     "svd=0.6",
     "asvd=0.6,int8-static",
     "prune-heads=0.3,svd=0.7,int8",
+    "words=4",
+    "words=2,int8-static",
 )
 
 
@@ -113,7 +115,16 @@ def test_kernels_compute_what_the_modules_say(
 
 
 @pytest.mark.parametrize(
-    ("method", "bound"), [("int8", 0.06), ("int8-static", 0.08), ("int6", 0.15), ("int4", 0.6)]
+    ("method", "bound"),
+    [
+        ("int8", 0.06),
+        ("int8-static", 0.08),
+        ("int6", 0.15),
+        ("int4", 0.6),
+        ("words=8,int8", 0.06),
+        ("words=4", 0.2),
+        ("words=2", 0.6),
+    ],
 )
 def test_rounding_error_is_bounded(
     model: Path, questions: Path, tmp_path: Path, method: str, bound: float
@@ -280,6 +291,9 @@ def test_report(model: Path, questions: Path, tmp_path: Path) -> None:
         ("prune-layers=0.5", "whole number"),
         ("int8,prune-heads=0.5", "quantisation last"),
         ("int8,int4", "quantisation last"),
+        ("words=3", "2, 4 or 8 bits, such as words=4"),
+        ("words=4,words=8", "give it once$"),
+        ("int8,words=4", "quantisation last"),
         ("svd=0.5,prune-heads=0.5", "prune first"),
         ("prune-heads=0.5", "--calibrate"),
         ("int8-static", "--calibrate"),

@@ -8,11 +8,15 @@ import torch
 from miaotui.compression.factorize import choose_ranks
 from miaotui.models.compressed import (
     Int8Embedding,
+    PackedEmbedding,
     PackedLinear,
+)
+from miaotui.models.rounding import (
     pack_codes,
     quantize_groups,
     quantize_rows,
     unpack_codes,
+    unpack_even_codes,
 )
 
 
@@ -58,6 +62,29 @@ def test_rows_error_is_half_a_step() -> None:
     table.weight, table.weight_scale = codes, scale
     ids = torch.tensor([[3, 0], [4, 1]])
     assert torch.equal(table(ids), (codes * scale[:, None])[ids])
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("width", [1, 7, 8, 33])
+def test_looked_up_codes_are_those_unpacked_whole(bits: int, width: int) -> None:
+    packed = torch.randint(0, 256, (6, -(-width * bits // 8)), dtype=torch.uint8)
+    whole = unpack_codes(packed, bits, width)
+    ids = torch.tensor([[3, 0], [5, 3]])
+    assert torch.equal(unpack_even_codes(packed[ids], bits, width), whole[ids])
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("width", [40, 50])
+def test_a_packed_table_is_a_packed_matrix_by_rows(bits: int, width: int) -> None:
+    torch.manual_seed(bits)
+    weight = torch.randn(6, width)
+    matrix = PackedLinear(width, 6, bits=bits, group=16, bias=False, static=False)
+    table = PackedEmbedding(6, width, bits=bits, group=16)
+    for module in (matrix, table):
+        module.weight, module.weight_scale = quantize_groups(weight, bits, 16)
+    ids = torch.tensor([[3, 0], [5, 3]])
+    assert torch.equal(table(ids), matrix.dequantized()[ids])
+    assert table.resident_bytes() == 6 * (-(-width * bits // 8) + 4 * -(-width // 16))
 
 
 def test_ranks_keep_to_the_budget() -> None:
