@@ -85,6 +85,9 @@ def compress(
     recover_steps: Annotated[
         int, typer.Option(min=0, help="Steps of distillation after pruning or factorising.")
     ] = 0,
+    recover_rate: Annotated[
+        float, typer.Option(help="Learning rate that the distillation begins with.")
+    ] = 5e-5,
     private: Annotated[
         list[Path] | None,
         typer.Option(
@@ -157,6 +160,7 @@ def compress(
         "group_size": group_size,
         "second_order": second_order,
         "recover_steps": recover_steps,
+        "recover_rate": recover_rate,
         "dask": _where(dask, sweeping=max_loss is not None, tell=console.print),
         "tell": lambda text: console.print(text, style="dim", markup=False),
         "advance": lambda done, total: progress.update(bar, completed=done, total=total),

@@ -36,6 +36,7 @@ def compress_model(
     group_size: int = 32,
     second_order: bool = False,
     recover_steps: int = 0,
+    recover_rate: float = 5e-5,
     seed: int = 0,
     private: Sequence[Path | str] = (),
     privacy: PrivacyConfig | None = None,
@@ -51,7 +52,7 @@ def compress_model(
             are the report.
         method: steps such as "int8" or "prune-heads=0.25,int8-static"; see `methods`.
         calibrate, evaluate, calibration_questions, limit, group_size, second_order,
-        recover_steps, seed, private, privacy: see `Options`.
+        recover_steps, recover_rate, seed, private, privacy: see `Options`.
         dask: where the work runs, see `workers.open_executor`. "local" starts processes, so the
             caller's main module needs the usual `if __name__ == "__main__":`.
         tell: called with a line for each thing done.
@@ -69,6 +70,7 @@ def compress_model(
         group_size,
         second_order,
         recover_steps,
+        recover_rate,
         seed,
         tuple(map(Path, private)),
         privacy,

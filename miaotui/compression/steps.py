@@ -49,6 +49,7 @@ class Options:
         group_size: inputs, or values of a word's embedding, that share a scale, below 8 bits.
         second_order: sensitivity by the Fisher diagonal rather than by the gradient.
         recover_steps: of distillation after pruning or factorising; 0: none.
+        recover_rate: the learning rate that this begins with; it falls to 0.
         seed: of the questions drawn.
         private: SQuAD files to recover on instead of `calibrate`, with differential privacy
             (DP-SGD): all their questions, and for nothing else.
@@ -62,6 +63,7 @@ class Options:
     group_size: int = 32
     second_order: bool = False
     recover_steps: int = 0
+    recover_rate: float = 5e-5
     seed: int = 0
     private: tuple[Path, ...] = ()
     privacy: PrivacyConfig | None = None
@@ -160,10 +162,21 @@ def apply_step(
             done["neurons_kept"] = prune_neurons(workspace, found, step.value)
     if teacher is not None and private is not None:
         recover_privately(
-            workspace, teacher, private.passages, options.recover_steps, private.steps
+            workspace,
+            teacher,
+            private.passages,
+            options.recover_steps,
+            private.steps,
+            learning_rate=options.recover_rate,
         )
     elif teacher is not None:
-        losses = recover(workspace, teacher, batches, options.recover_steps)
+        losses = recover(
+            workspace,
+            teacher,
+            batches,
+            options.recover_steps,
+            learning_rate=options.recover_rate,
+        )
         tenth = max(1, len(losses) // 10)
         done["recovery_loss"] = [
             round(sum(part) / tenth, 4) for part in (losses[:tenth], losses[-tenth:])
@@ -192,6 +205,11 @@ def check(steps: Sequence[Step], options: Options) -> None:
         )
     if options.group_size < 1 or options.limit < 1 or options.calibration_questions < 1:
         raise CompressionError("group size, limit and calibration questions must be at least 1")
+    if not 0 < options.recover_rate < 1:
+        raise CompressionError(
+            f"recover rate {options.recover_rate:g}: a learning rate above 0 and below 1, such as "
+            "1e-4"
+        )
 
 
 def calibration_batches(tokenizer: TextTokenizer, options: Options) -> list[Labelled]:

@@ -95,6 +95,7 @@ def make(run: Run, method: str, out: Path) -> Made:
             "group_size": run.options.group_size,
             "second_order": run.options.second_order,
             "recover_steps": run.options.recover_steps if recovering else 0,
+            "recover_rate": run.options.recover_rate,
             "source_fingerprint": model_fingerprint(run.source),
         }
         if private is not None:

@@ -1,7 +1,8 @@
-"""``python -m miaotui.training``: run, evaluate, export."""
+"""``python -m miaotui.training``: run, export, evaluate, split, private."""
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -86,6 +87,25 @@ def evaluate(
     config = configure(data, DEFAULTS.work, DEFAULTS.seed, DEFAULTS.fraction, "{}")
     found = pipeline.evaluate(config, model, limit, calibrate=calibrate, card=card)
     typer.echo(found.model_dump_json(indent=2))
+
+
+@app.command()
+def split(
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    data: DataOption = DEFAULTS.data,
+) -> None:
+    """Write each domain's train, dev and heldout questions as SQuAD files of their own."""
+    from miaotui.training.data import DOMAINS, SPLITS, read_corpus, squad
+
+    corpus = read_corpus(data)
+    out.mkdir(parents=True, exist_ok=True)
+    for part in SPLITS:
+        for domain in DOMAINS:
+            questions = corpus.select(part, domain.name)
+            file = out / f"{part}-{domain.name}.json"
+            text = json.dumps(squad(corpus, questions), ensure_ascii=False)
+            file.write_text(text, encoding="utf-8")
+            typer.echo(f"{file}: {len(questions)} questions")
 
 
 @app.command()

@@ -7,9 +7,10 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Split = Literal["train", "dev", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "dev", "heldout")
 Language = Literal["en", "zh"]
 
 SALT = "d"  # one of ten tried, for six Wikipedia articles held out and one for development
@@ -161,6 +162,43 @@ def read_corpus(folder: Path, domains: tuple[DomainSource, ...] = DOMAINS) -> Co
     for source in domains:
         read_domain(folder, source, corpus)
     return corpus
+
+
+def squad(corpus: Corpus, questions: list[Question]) -> dict[str, Any]:
+    """Questions with their passages in SQuAD's form, an article each."""
+    articles: dict[str, dict[int, list[Question]]] = {}
+    for question in questions:
+        article = corpus.passages[question.passage].article
+        articles.setdefault(article, {}).setdefault(question.passage, []).append(question)
+    return {
+        "version": "1.1",
+        "data": [
+            {
+                "title": title,
+                "paragraphs": [
+                    _paragraph(corpus.passages[number].text, asked)
+                    for number, asked in paragraphs.items()
+                ],
+            }
+            for title, paragraphs in articles.items()
+        ],
+    }
+
+
+def _paragraph(text: str, questions: list[Question]) -> dict[str, Any]:
+    return {
+        "context": text,
+        "qas": [
+            {
+                "id": q.id,
+                "question": q.text,
+                "answers": [
+                    {"text": text[a.start : a.end], "answer_start": a.start} for a in q.answers
+                ],
+            }
+            for q in questions
+        ],
+    }
 
 
 def subset(numbers: list[int], fraction: float, seed: int) -> list[int]:

@@ -356,3 +356,21 @@ def _skeleton(directory: Path) -> torch.nn.Module:
 
     family, config, shape = inspect_model(Checkpoint.open(directory))
     return family.skeleton(config, LayerRange(0, shape.layers)).root
+
+
+def test_a_recover_rate_is_used_and_checked(model: Path, questions: Path, tmp_path: Path) -> None:
+    def weights(name: str, rate: float) -> torch.Tensor:
+        compress_model(
+            model,
+            tmp_path / name,
+            method="svd=0.5",
+            calibrate=[questions],
+            recover_steps=1,
+            recover_rate=rate,
+        )
+        return run(tmp_path / name, "0-3")
+
+    assert not torch.equal(weights("slow", 1e-5), weights("fast", 1e-3))
+    for rate in (0.0, 1.0):
+        with pytest.raises(CompressionError, match="recover rate"):
+            weights("bad", rate)

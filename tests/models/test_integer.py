@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from miaotui.models.compressed import Int8Linear, quantize_rows
+from miaotui.models.compressed import Int8Linear
 from miaotui.models.integer import DynamicProduct, largest_weight, narrow
+from miaotui.models.rounding import quantize_rows
 
 
 def extreme(outputs: int, inputs: int) -> Int8Linear:

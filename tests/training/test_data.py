@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from miaotui.training.data import Corpus, DomainSource, read_domain, split_of, subset
+from miaotui.training.data import Corpus, DomainSource, read_domain, split_of, squad, subset
 
 REDDIT = DomainSource("reddit", ("reddit.json",), "en", "passage", "made", "none")
 
@@ -69,3 +69,15 @@ def test_subset_is_repeatable() -> None:
     assert subset(list(range(100)), 0.1, 3) == subset(list(range(100)), 0.1, 3)
     assert len(subset(list(range(100)), 0.1, 3)) == 10
     assert subset([4, 5], 1.0, 3) == [4, 5]
+
+
+def test_a_split_written_as_squad_is_read_back(tmp_path: Path) -> None:
+    paragraphs = [paragraph(f"Cats number {i}.", "Cats", 0, str(i)) for i in range(40)]
+    corpus = read(tmp_path, [{"title": title, "paragraphs": paragraphs} for title in ("a", "b")])
+    asked = corpus.select("train")
+    found = read(tmp_path, squad(corpus, asked)["data"])
+    assert {(q.id, found.passages[q.passage].text) for q in found.questions} == {
+        (q.id, corpus.passages[q.passage].text) for q in asked
+    }
+    assert {p.split for p in found.passages} == {"train"}
+    assert [q.answers for q in found.questions] == [q.answers for q in asked]
