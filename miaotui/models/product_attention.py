@@ -1,8 +1,14 @@
 """Attention in bfloat16 on CPUs, as two matrix products and a softmax.
 
 torch's fused attention gains nothing by bfloat16 on CPUs without AMX, while oneDNN's products do:
-of 12 heads 32 wide, 190 tokens take 0.5 ms of one core (AMD Zen 5) in place of 1.2 in bfloat16 and
+of 12 heads 32 wide, 190 tokens take 0.4 ms of one core (AMD Zen 5) in place of 1.2 in bfloat16 and
 1.0 in float32. Scores are rounded to bfloat16, as transformers' eager attention in bfloat16 does.
+
+torch's softmax takes longer than both products. Most of it goes to finding each row's greatest
+score, which is taken off so that no exponential overflows. Scores are rarely so large: here
+exponentials are taken of the scores as they are, with 2 for their base, and what is summed up is
+divided by their sum (half the time). Where sums show that scores were too large or too small for
+that, the softmax is computed as usual.
 """
 
 from __future__ import annotations
@@ -18,6 +24,9 @@ _MULTIPLE = 32
 # themselves, and up to the second limit.
 _SCORES = 1 << 20
 _MOST_SCORES = 1 << 23
+# Rows' sums of exponentials between which nothing has overflowed, and what has become 0 would
+# not have counted.
+_LEAST_SUM, _MOST_SUM = 2.0**-100, 2.0**100
 
 
 def fits_products(heads: int, length: int) -> bool:
@@ -53,12 +62,26 @@ def attend_by_products(
         for part, tensor in zip(parts, inputs, strict=True):
             part[:, :, :length] = tensor[:, tokens].unflatten(1, (group, length))
         query, key, value = parts.flatten(1, 2)
-        scores = query.new_empty((heads * group, rows, rows))
-        scores.baddbmm_(query, key.transpose(1, 2), beta=0, alpha=factor)
-        scores[:, :, length:] = -torch.inf
-        torch.softmax(scores, -1, out=scores)
-        attended = torch.bmm(scores, value).view(heads, group, rows, dim)[:, :, :length]
+        attended = _attend(query, key, value, length, factor)
+        attended = attended.view(heads, group, rows, dim)[:, :, :length]
         output[tokens].unflatten(0, (group, length)).copy_(attended.permute(1, 2, 0, 3))
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int, factor: float
+) -> torch.Tensor:
+    """Attend to the first `length` rows; all are bfloat16 [sequences * heads, rows, head_dim]."""
+    scores = query.new_empty((query.shape[0], query.shape[1], key.shape[1]))
+    scores.baddbmm_(query, key.transpose(1, 2), beta=0, alpha=factor / math.log(2))
+    scores.exp2_()
+    scores[:, :, length:] = 0
+    sums = scores.sum(-1, keepdim=True)
+    attended = torch.bmm(scores, value).div_(sums)
+    least, most = sums.aminmax(dim=1)
+    for one in ((least < _LEAST_SUM) | ~(most < _MOST_SUM)).flatten().nonzero().flatten().tolist():
+        usual = torch.mm(query[one], key[one].t()).mul_(factor)[:, :length].softmax(-1)
+        torch.mm(usual, value[one, :length], out=attended[one])
+    return attended
 
 
 def _padded(length: int) -> int:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,8 @@ def _parameter_bytes(model: Path, dtype: str) -> int:
 
 async def _engines(options: argparse.Namespace, console: Console, save: Save) -> Part:
     """All sides in turns, at every concurrency."""
-    work = (
-        held_out(options.data, options.questions, 1) if options.data else made(options.questions, 1)
-    )
+    draw = made if options.data is None else partial(held_out, options.data)
+    work, scored = draw(options.questions, 1), draw(options.scored, 2)
     probe = work.bodies[:48]
     part: Part = {"title": "Engines", "skipped": [], "rows": []}
     skipped: list[tuple[str, str]] = part["skipped"]
@@ -100,7 +100,10 @@ async def _engines(options: argparse.Namespace, console: Console, save: Save) ->
             sides.append(side)
         held = {"Miaotui bfloat16": (options.model, "bfloat16"), **found}
         part["parameters"] = {name: _parameter_bytes(*one) for name, one in held.items()}
-        part["title"] += f": {options.questions} questions, {options.stages} stages"
+        part["title"] += (
+            f": {options.questions} questions, answers judged by {options.scored}, "
+            f"{options.stages} stages"
+        )
         for number in range(options.rounds + 1):
             for side in sides:
                 console.print(f"round {number} of {options.rounds}: {side.name}")
@@ -108,10 +111,11 @@ async def _engines(options: argparse.Namespace, console: Console, save: Save) ->
                     bodies = work.bodies[: ALONE if at_once == 1 else None]
                     if number:
                         await asyncio.to_thread(side.measure, bodies, at_once)
-                    elif at_once == (32 if 32 in options.at_once else options.at_once[-1]):
-                        await asyncio.to_thread(side.round, bodies, at_once)
+                    elif at_once in (0, 32 if 32 in options.at_once else options.at_once[-1]):
+                        told = await asyncio.to_thread(side.round, scored.bodies, at_once)
+                        side.scored = told[2]
             if number:
-                part["rows"] = _rows(sides, work)
+                part["rows"] = _rows(sides, scored)
                 save(part)
     return part
 
@@ -124,10 +128,9 @@ def _served(*arguments: Any) -> Side:
     return litserve(*arguments)
 
 
-def _rows(sides: Sequence[Side], work: Workload) -> list[dict[str, Any]]:
+def _rows(sides: Sequence[Side], scored: Workload) -> list[dict[str, Any]]:
     plain = next((s for s in sides if s.name.startswith(f"{REFERENCE} (")), sides[0])
-    reference = max((m.texts for m in plain.measured.values()), key=len)
-    return [asdict(row(side, at, reference, work)) for side in sides for at in side.measured]
+    return [asdict(row(side, at, plain.scored, scored)) for side in sides for at in side.measured]
 
 
 def _parse() -> argparse.Namespace:
@@ -148,6 +151,9 @@ def _parse() -> argparse.Namespace:
         help="requests in flight over HTTP, comma-separated",
     )
     parser.add_argument("--questions", type=int, default=160)
+    parser.add_argument(
+        "--scored", type=int, default=400, help="questions by which answers are judged"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="written after each part")
     parser.add_argument("--resume", action="store_true", help="keep the parts that --json has")

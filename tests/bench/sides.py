@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +48,6 @@ class Measured:
     rates: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     cores: list[float] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
     memory: int = 0
     asked: int = 0
     parts: dict[str, float] = field(default_factory=dict)
@@ -68,12 +67,15 @@ class Side:
     services: dict[str, psutil.Process] = field(default_factory=dict)
     measured: dict[int, Measured] = field(default_factory=dict)
     """By requests in flight; 0: batches in process."""
+    scored: list[str] = field(default_factory=list)
+    """Its answers to the questions by which answers are judged."""
 
     def signal(self, number: signal.Signals) -> None:
         """Stops or continues a side that takes CPU time while it waits."""
         if self.polls:
             for process in family(self.roots):
-                process.send_signal(number)
+                with suppress(psutil.NoSuchProcess):  # a server's own helper, which may end
+                    process.send_signal(number)
 
     def round(self, bodies: Sequence[Body], at_once: int) -> Answered:
         """Asks; the side runs only meanwhile."""
@@ -88,7 +90,7 @@ class Side:
         into = self.measured.setdefault(at_once, Measured())
         of_each = {name: cpu_seconds([process]) for name, process in self.services.items()}
         before, began = cpu_seconds(self.roots), time.perf_counter()
-        rate, seconds, texts = self.round(bodies, at_once)
+        rate, seconds, _ = self.round(bodies, at_once)
         into.cores.append((cpu_seconds(self.roots) - before) / (time.perf_counter() - began))
         into.rates.append(rate)
         into.seconds += seconds
@@ -96,7 +98,6 @@ class Side:
         for name, process in self.services.items():
             spent = cpu_seconds([process]) - of_each[name]
             into.parts[name] = into.parts.get(name, 0.0) + spent
-        into.texts = texts
         into.memory = sum(p.memory_full_info().pss for p in family(self.roots))
 
 
@@ -125,7 +126,11 @@ def family(roots: Sequence[psutil.Process]) -> list[psutil.Process]:
 
 def cpu_seconds(roots: Sequence[psutil.Process]) -> float:
     """User and system time so far."""
-    return sum(sum(p.cpu_times()[:2]) for p in family(roots))
+    spent = 0.0
+    for process in family(roots):
+        with suppress(psutil.NoSuchProcess):
+            spent += sum(process.cpu_times()[:2])
+    return spent
 
 
 def percentile(seconds: Sequence[float], share: float) -> float | None:
@@ -134,11 +139,9 @@ def percentile(seconds: Sequence[float], share: float) -> float | None:
     return 1e3 * ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else None
 
 
-def row(side: Side, at_once: int, reference: Sequence[str], work: Workload) -> Row:
-    """The medians of the rounds. `reference`: the answers of float32."""
+def row(side: Side, at_once: int, reference: Sequence[str], scored: Workload) -> Row:
+    """The medians of the rounds. `reference`: the answers of float32 to what is scored."""
     of = side.measured[at_once]
-    count = len(of.texts)
-    whole = count == len(work.bodies)
     return Row(
         side.name,
         side.kind,
@@ -148,8 +151,8 @@ def row(side: Side, at_once: int, reference: Sequence[str], work: Workload) -> R
         percentile(of.seconds, 0.99),
         statistics.median(of.cores),
         of.memory / 1e6,
-        100 * statistics.fmean(a == b for a, b in zip(of.texts, reference, strict=False)),
-        work.f1(of.texts) if whole else None,
+        100 * statistics.fmean(a == b for a, b in zip(side.scored, reference, strict=True)),
+        scored.f1(side.scored),
         {name: 1e3 * spent / of.asked for name, spent in of.parts.items()},
     )
 

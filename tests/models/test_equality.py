@@ -250,6 +250,32 @@ def test_attention_by_products(lengths: tuple[int, ...], monkeypatch: pytest.Mon
     assert torch.equal(again, exact)
 
 
+@pytest.mark.parametrize("extreme", [90.0, -90.0, 1000.0, -1000.0])
+def test_attention_by_products_of_extreme_scores(extreme: float) -> None:
+    """Exponentials of scores as they are would be infinite, or 0: beside usual heads and texts."""
+    count, length, heads, dim = 3, 40, 4, 32
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = torch.randn(3, heads, count * length, dim, generator=generator).bfloat16()
+    # In one head, and in the second text of another, all scores are great: by powers of 2,
+    # so that rounding does not decide.
+    one, two = query[1], query[2, length : 2 * length]
+    for part, keys in ((one, key[1]), (two, key[2, length : 2 * length])):
+        part.zero_()
+        part[:, 0] = extreme
+        keys[:, 0] = 1.0
+        keys[::3, 0] = 0.5
+    output = torch.empty(count * length, heads, dim)
+    attend_by_products((query, key, value), count, length, 1.0, output)
+    q, k, v = (x.float().unflatten(1, (count, length)) for x in (query, key, value))
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
+    found = output.permute(1, 0, 2).unflatten(1, (count, length))
+    assert torch.isfinite(found).all()
+    # Scores of the usual heads are rounded to 8 bits before their exponential is taken.
+    torch.testing.assert_close(found[1], exact[1], atol=0.03, rtol=0.01)
+    torch.testing.assert_close(found[2, 1], exact[2, 1], atol=0.03, rtol=0.01)
+    torch.testing.assert_close(found, exact, atol=0.2, rtol=0)
+
+
 @pytest.mark.parametrize("multiplied", [False, True])
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
 def test_bfloat16_answers_alike_either_way(
