@@ -47,7 +47,8 @@ install: $(STAMP) ## Make .venv with everything in it.
 run: $(STAMP) ## Install, start all services, ask two questions, run until Ctrl-C.
 	@$(BIN)/miaotui up --demo $(ARGS)
 
-test: lint redis chromium ## Install, check the code, run all tests.
+test: ## Install, check the code, run all tests.
+	@$(MAKE) --no-print-directory --jobs=2 lint others
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## Check style, types, protos and that the stubs are up to date.
@@ -139,6 +140,13 @@ certs: $(STAMP) ## Make certificates in CERTS=certs, for this machine and NAMES=
 clean: ## Remove .venv and what was generated.
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What the tests need of the system: it comes while pip installs. One after the other, and after
+# .venv, which may need a package, too: two apt-gets at a time do not go.
+.PHONY: others
+others: | $(BIN)/pip
+	@$(MAKE) --no-print-directory redis
+	@$(MAKE) --no-print-directory chromium
 
 # The tests talk to a real Redis.
 .PHONY: redis
