@@ -15,8 +15,7 @@ WORDS = "words"
 EXAMPLES = (
     "int8, int8-static, int4 (2 to 7 bits), int4-static, prune-weights=0.5, prune-2:4, "
     "prune-heads=0.25, prune-neurons=0.25, prune-layers=1, svd=0.5, asvd=0.5, decompose=3, "
-    "words=4; "
-    "several, in order, with commas between"
+    "words=4; several, in order, with commas between"
 )
 
 
@@ -58,19 +57,22 @@ class Step:
         return f"{self.name}={self.value:g}"
 
 
-_Check = Callable[[float], bool]
-_SHARE: tuple[_Check, str] = (lambda value: 0 < value < 1, "a share above 0 and below 1")
-_COUNT: tuple[_Check, str] = (
+# Whether a value will do, what values do, and one of them.
+_Value = tuple[Callable[[float], bool], str, str]
+_SHARE: _Value = (lambda value: 0 < value < 1, "a share above 0 and below 1", "0.25")
+_COUNT: _Value = (
     lambda value: value >= 1 and value == int(value),
     "a whole number of layers, at least 1",
+    "1",
 )
-_VALUES: dict[str, tuple[_Check, str]] = {
+_BITS: _Value = (lambda value: value in (2, 4, 8), "2, 4 or 8 bits", "4")
+_VALUES: dict[str, _Value] = {
     "prune-weights": _SHARE,
     "prune-heads": _SHARE,
     "prune-neurons": _SHARE,
     "prune-layers": _COUNT,
     DECOMPOSING: _COUNT,
-    WORDS: (lambda value: value in (2, 4, 8), "2, 4 or 8 bits"),
+    WORDS: _BITS,
     "svd": _SHARE,
     "asvd": _SHARE,
 }
@@ -118,14 +120,11 @@ def _parse(text: str) -> Step:
         return Step(name, 0.5)
     if name not in _VALUES:
         raise CompressionError(f"unknown method {text!r}; there are {EXAMPLES}")
-    check, what = _VALUES[name]
+    check, what, example = _VALUES[name]
     try:
         number = float(value)
     except ValueError:
         number = float("nan")
     if not check(number):
-        raise CompressionError(
-            f"{text}: {name} takes {what}, such as {name}="
-            + ("4" if name == WORDS else "1" if _VALUES[name] is _COUNT else "0.25")
-        )
+        raise CompressionError(f"{text}: {name} takes {what}, such as {name}={example}")
     return Step(name, number)
