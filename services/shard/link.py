@@ -132,6 +132,8 @@ class Link:
         self._clock = clock
         self._up, self._draining = up, draining
         self._connection: _Connection | None = None
+        # Set when it is known whether the next stage takes frames: its Welcome came, or never will.
+        self._answered = asyncio.Event()
         self._cancelling: set[asyncio.Task[None]] = set()
 
     @property
@@ -142,8 +144,12 @@ class Link:
     async def send(self, frame: Frame) -> None:
         """Sends a frame once the next stage has room, in the order of the calls.
 
+        A lane's first batch may come before the next stage's Welcome: stage 0 begins when the
+        last stage's Hello has reached it, and its answer may still be on the way to that stage.
+
         Raises `ConnectionError` where the link breaks.
         """
+        await self._answered.wait()
         connection = self._connection
         if connection is None:
             raise ConnectionError(f"no link to the next stage at {self.target}")
@@ -175,6 +181,7 @@ class Link:
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
+            self._answered.set()
             await channel.close()
 
     async def _session(self, channel: aio.Channel) -> LinkEnd:
@@ -190,6 +197,7 @@ class Link:
             if first.WhichOneof("frame") != "welcome":
                 return self._end("the next stage did not answer Hello with Welcome")
             self._connection = _Connection(call, max(1, first.welcome.window), self._clock)
+            self._answered.set()
             self._up()
             return await self._listen(call, self._connection)
         except TimeoutError:

@@ -329,7 +329,7 @@ async def _wait_for_the_last(
         answers += [asyncio.create_task(ask_grpc(stub, one)) for one in asked[3:]]
         texts = [asyncio.create_task(write()), asyncio.create_task(write_over_grpc())]
         done, _ = await asyncio.wait([*answers, *texts], timeout=0.5)
-        assert not done
+        assert not done, [one.exception() or one.result() for one in done]
         while (await client.get("/readyz")).status_code == 200:  # at the next look at the latest
             await asyncio.sleep(0.05)
         for replicas in victims:
