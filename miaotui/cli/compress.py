@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -88,6 +89,14 @@ def compress(
     recover_rate: Annotated[
         float, typer.Option(help="Learning rate that the distillation begins with.")
     ] = 5e-5,
+    recover_questions: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Questions of each --calibrate file recovered on.",
+            show_default="as calibrated on",
+        ),
+    ] = 0,
     private: Annotated[
         list[Path] | None,
         typer.Option(
@@ -161,10 +170,15 @@ def compress(
         "second_order": second_order,
         "recover_steps": recover_steps,
         "recover_rate": recover_rate,
+        "recover_questions": recover_questions,
         "dask": _where(dask, sweeping=max_loss is not None, tell=console.print),
         "tell": lambda text: console.print(text, style="dim", markup=False),
         "advance": lambda done, total: progress.update(bar, completed=done, total=total),
     }
+    # A recovery takes long, and tells how far it is there; in Dask's workers nobody hears it.
+    told = logging.getLogger("miaotui.compression")
+    told.setLevel(logging.INFO)
+    told.addHandler(_Printing(options["tell"]))
     found = None
     try:
         if private:
@@ -196,6 +210,18 @@ def compress(
         print((out / "sweep.txt").read_text(encoding="utf-8"))
     print(as_text(report), end="")
     print(f"{out}: the checkpoint, with compression.json, .txt and .svg")
+
+
+class _Printing(logging.Handler):
+    """Prints what is logged, above the progress bar."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Takes a record."""
+        self._tell(record.getMessage())
 
 
 def _where(dask: str | None, *, sweeping: bool, tell: Callable[[str], None]) -> str | None:

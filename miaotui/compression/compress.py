@@ -40,6 +40,7 @@ def compress_model(
     seed: int = 0,
     private: Sequence[Path | str] = (),
     privacy: PrivacyConfig | None = None,
+    recover_questions: int = 0,
     dask: str | None = None,
     tell: Tell = lambda text: None,
     advance: Advance = lambda done, total: None,
@@ -52,7 +53,7 @@ def compress_model(
             are the report.
         method: steps such as "int8" or "prune-heads=0.25,int8-static"; see `methods`.
         calibrate, evaluate, calibration_questions, limit, group_size, second_order,
-        recover_steps, recover_rate, seed, private, privacy: see `Options`.
+        recover_steps, recover_rate, seed, private, privacy, recover_questions: see `Options`.
         dask: where the work runs, see `workers.open_executor`. "local" starts processes, so the
             caller's main module needs the usual `if __name__ == "__main__":`.
         tell: called with a line for each thing done.
@@ -74,6 +75,7 @@ def compress_model(
         seed,
         tuple(map(Path, private)),
         privacy,
+        recover_questions,
     )
     out = Path(out_dir)
     with tried(Path(model_dir), out, [method], options, dask, tell, advance) as (candidate,):

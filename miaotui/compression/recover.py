@@ -6,6 +6,8 @@ The student learns the spans' distributions of the model that it was made from (
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,10 +18,14 @@ from torch.nn.functional import kl_div, log_softmax, mse_loss, softmax
 from miaotui.compression.prune import span_loss
 from miaotui.compression.questions import Labelled
 from miaotui.compression.workspace import Workspace
+from miaotui.models.precision import multiplies_bfloat16
 
 if TYPE_CHECKING:  # opacus is an extra
     from miaotui.training.dpsgd import PrivateSteps
 
+log = logging.getLogger(__name__)
+
+_TELL_SECONDS = 20.0
 _TEMPERATURE = 2.0
 _LABELS = 0.3  # weight of the answers beside the teacher
 _HIDDEN = 1.0  # weight of the last layer's activations
@@ -36,13 +42,19 @@ def recover(
 ) -> list[float]:
     """Train a model's layers and head in place; weights that are 0 stay 0.
 
+    Matrices are multiplied in bfloat16 where the CPU does that faster. How far it is goes to the
+    log now and then.
+
     Returns the loss of every step.
     """
     trained = _Trained(student, learning_rate)
     losses = []
+    fast = multiplies_bfloat16(torch.device("cpu"))
+    told = time.monotonic()
     for step in range(steps):
         trained.set_rate(step, steps)
-        loss = _loss(student, teacher, batches[step % len(batches)])
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            loss = _loss(student, teacher, batches[step % len(batches)])
         trained.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained.parameters, 1.0)
@@ -50,6 +62,10 @@ def recover(
         trained.keep_zeros()
         losses.append(float(loss.detach()))
         tell(step, losses[-1])
+        if time.monotonic() - told > _TELL_SECONDS:
+            told = time.monotonic()
+            late = losses[-100:]
+            log.info("recovery: step %d of %d, loss %.3f", step + 1, steps, sum(late) / len(late))
     trained.freeze()
     return losses
 

@@ -50,6 +50,8 @@ class Options:
         second_order: sensitivity by the Fisher diagonal rather than by the gradient.
         recover_steps: of distillation after pruning or factorising; 0: none.
         recover_rate: the learning rate that this begins with; it falls to 0.
+        recover_questions: at most so many of each file of `calibrate` are recovered on; 0: those
+            that are calibrated on, which need not be as many.
         seed: of the questions drawn.
         private: SQuAD files to recover on instead of `calibrate`, with differential privacy
             (DP-SGD): all their questions, and for nothing else.
@@ -67,6 +69,7 @@ class Options:
     seed: int = 0
     private: tuple[Path, ...] = ()
     privacy: PrivacyConfig | None = None
+    recover_questions: int = 0
 
     def resolved(self) -> Options:
         """The same, with files by their absolute paths."""
@@ -123,8 +126,12 @@ def apply_step(
     batches: Sequence[Labelled],
     options: Options,
     private: PrivateRecovery | None = None,
+    recovering: Sequence[Labelled] = (),
 ) -> dict[str, Any]:
-    """Do one step to a model, in place; returns what to report of it."""
+    """Do one step to a model, in place; returns what to report of it.
+
+    `batches`: to calibrate on; `recovering`: to recover on, where those are others.
+    """
     done: dict[str, Any] = {}
     teacher = None
     if step.takes_away and options.recover_steps:
@@ -173,7 +180,7 @@ def apply_step(
         losses = recover(
             workspace,
             teacher,
-            batches,
+            recovering or batches,
             options.recover_steps,
             learning_rate=options.recover_rate,
         )
@@ -203,6 +210,8 @@ def check(steps: Sequence[Step], options: Options) -> None:
         raise CompressionError(
             f"{', '.join(needing)}: needs questions to look at; give a SQuAD file with --calibrate"
         )
+    if options.recover_questions < 0:
+        raise CompressionError("recover questions must be at least 0")
     if options.group_size < 1 or options.limit < 1 or options.calibration_questions < 1:
         raise CompressionError("group size, limit and calibration questions must be at least 1")
     if not 0 < options.recover_rate < 1:
@@ -212,8 +221,12 @@ def check(steps: Sequence[Step], options: Options) -> None:
         )
 
 
-def calibration_batches(tokenizer: TextTokenizer, options: Options) -> list[Labelled]:
+def calibration_batches(
+    tokenizer: TextTokenizer, options: Options, limit: int | None = None
+) -> list[Labelled]:
     """Batches of the questions to calibrate on; none where no file is given.
+
+    `limit`: at most so many of each file; None: as the options say.
 
     Raises:
         CompressionError: a file cannot be read, or holds no answer.
@@ -223,7 +236,7 @@ def calibration_batches(tokenizer: TextTokenizer, options: Options) -> list[Labe
     examples = read_examples(
         options.calibrate,
         tokenizer,
-        limit=options.calibration_questions,
+        limit=limit or options.calibration_questions,
         # Other questions than those evaluated, where a file is given for both.
         seed=options.seed + 1,
     )

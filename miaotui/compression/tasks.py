@@ -86,8 +86,12 @@ def make(run: Run, method: str, out: Path) -> Made:
         if run.options.private:
             tokenizer = load_tokenizer(run.source)
             private = PrivateRecovery.of(tokenizer, len(recovering), run.options)
+        others: tuple[Labelled, ...] = ()
+        if recovering and run.options.recover_steps and private is None:
+            others = _recovering(run)
         details = {
-            str(step): apply_step(workspace, step, batches, run.options, private) for step in steps
+            str(step): apply_step(workspace, step, batches, run.options, private, others)
+            for step in steps
         }
         settings: dict[str, Any] = {
             "method": method,
@@ -96,6 +100,7 @@ def make(run: Run, method: str, out: Path) -> Made:
             "second_order": run.options.second_order,
             "recover_steps": run.options.recover_steps if recovering else 0,
             "recover_rate": run.options.recover_rate,
+            "recover_questions": run.options.recover_questions,
             "source_fingerprint": model_fingerprint(run.source),
         }
         if private is not None:
@@ -141,11 +146,20 @@ def _calibration(run: Run) -> tuple[Labelled, ...]:
 
 
 @lru_cache(maxsize=1)
+def _recovering(run: Run) -> tuple[Labelled, ...]:
+    """What to recover on, where that is not what is calibrated on."""
+    wanted = run.options.recover_questions
+    if wanted in (0, run.options.calibration_questions):
+        return ()
+    return tuple(calibration_batches(load_tokenizer(run.source), run.options, wanted))
+
+
+@lru_cache(maxsize=1)
 def _stage(key: str, directory: Path) -> StageModel:
     return StageModel.load(directory, device="cpu")
 
 
 def forget() -> None:
     """Let go of what this process keeps of the last run."""
-    for kept in (examples, _calibration, _stage):
+    for kept in (examples, _calibration, _recovering, _stage):
         kept.cache_clear()

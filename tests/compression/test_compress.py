@@ -374,3 +374,39 @@ def test_a_recover_rate_is_used_and_checked(model: Path, questions: Path, tmp_pa
     for rate in (0.0, 1.0):
         with pytest.raises(CompressionError, match="recover rate"):
             weights("bad", rate)
+
+
+def test_more_questions_may_be_recovered_on_than_calibrated_on(
+    model: Path, questions: Path, tmp_path: Path
+) -> None:
+    def weights(calibrated: int, recovered: int) -> torch.Tensor:
+        name = f"{calibrated}-{recovered}"
+        compress_model(
+            model,
+            tmp_path / name,
+            method="svd=0.5",  # which itself looks at no question
+            calibrate=[questions],
+            calibration_questions=calibrated,
+            recover_steps=2,
+            recover_rate=1e-3,
+            recover_questions=recovered,
+        )
+        return run(tmp_path / name, "0-3")
+
+    all_seven = weights(7, 0)
+    assert torch.equal(weights(1, 7), all_seven)
+    assert not torch.equal(weights(1, 0), all_seven)
+    with pytest.raises(CompressionError, match="recover questions"):
+        weights(1, -1)
+
+
+def test_a_long_recovery_tells_how_far_it_is(
+    model: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("miaotui.compression.recover._TELL_SECONDS", -1.0)
+    batches = list(labelled_batches(read_examples([questions], load_tokenizer(model), limit=7)))
+    with caplog.at_level("INFO", "miaotui.compression"):
+        recover(Workspace.open(model), Workspace.open(model), batches, 3)
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+        f"recovery: step {step} of 3" for step in (1, 2, 3)
+    ]
