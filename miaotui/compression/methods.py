@@ -47,6 +47,11 @@ class Step:
         return self.kind not in ("quantize", WORDS)
 
     @property
+    def rounds_coarsely(self) -> bool:
+        """Whether a training through the rounding can give back what it takes."""
+        return self.kind == "quantize" and (self.static or self.value < 8)
+
+    @property
     def needs_questions(self) -> bool:
         """Whether it has to see questions with passages."""
         return self.kind == "prune" or self.static or self.name == "asvd"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from miaotui.compression.questions import Labelled
+from miaotui.compression.rounded import rounded
 from miaotui.compression.statistics import InputCodes, InputStatistics, input_statistics
 from miaotui.compression.workspace import INPUTS, Workspace
 from miaotui.models.compressed import (
@@ -29,6 +30,7 @@ def quantize(
     static: bool,
     batches: Sequence[Labelled] = (),
     group: int = 32,
+    train: Callable[[], None] | None = None,
 ) -> None:
     """Round all layers' linears and the word embeddings of a model, in place.
 
@@ -39,24 +41,19 @@ def quantize(
             or by one found for each token as it comes.
         batches: what to calibrate on, with `static`.
         group: inputs that share a scale, below 8 bits.
+        train: trains the model in place; called once it computes as it will when rounded.
     """
-    codes = _input_codes(workspace, batches) if static else {}
-    inner = _inner_statistics(workspace, batches) if static else {}
-    for layer, part, module in list(workspace.linears()):
-        chosen = codes.get((layer, INPUTS[part]))
-        if isinstance(module, LowRankLinear):
-            between = None
-            if static:
-                assert isinstance(module.outer, nn.Linear)
-                between = inner[module].codes(module.outer.weight.detach(), smooth=False)
-            new: nn.Module = LowRankLinear(
-                _round(module.inner, bits, group, chosen),
-                _round(module.outer, bits, group, between),
-            )
-        else:
-            new = _round(module, bits, group, chosen)
-        workspace.replace(module, new)
     quantize_words(workspace, 8, group)
+    chosen = _chosen_codes(workspace, batches, static=static)
+    if train is not None:
+        with rounded(chosen, bits, group):
+            train()
+    for _, _, module in list(workspace.linears()):
+        if isinstance(module, LowRankLinear):
+            factors = (_round(one, bits, group, chosen) for one in (module.inner, module.outer))
+            workspace.replace(module, LowRankLinear(*factors))
+        else:
+            workspace.replace(module, _round(module, bits, group, chosen))
 
 
 def quantize_words(workspace: Workspace, bits: int, group: int = 32) -> None:
@@ -80,6 +77,25 @@ def quantize_words(workspace: Workspace, bits: int, group: int = 32) -> None:
             workspace.replace(module, table)
 
 
+def _chosen_codes(
+    workspace: Workspace, batches: Sequence[Labelled], *, static: bool
+) -> dict[nn.Linear, InputCodes | None]:
+    """All linears that are to be rounded, and how what goes into them is; None: as it comes."""
+    codes = _input_codes(workspace, batches) if static else {}
+    inner = _inner_statistics(workspace, batches) if static else {}
+    chosen: dict[nn.Linear, InputCodes | None] = {}
+    for layer, part, module in workspace.linears():
+        first = module.inner if isinstance(module, LowRankLinear) else module
+        assert isinstance(first, nn.Linear)
+        chosen[first] = codes.get((layer, INPUTS[part]))
+        if isinstance(module, LowRankLinear):
+            outer = module.outer
+            assert isinstance(outer, nn.Linear)
+            between = inner[module].codes(outer.weight.detach(), smooth=False) if static else None
+            chosen[outer] = between
+    return chosen
+
+
 @torch.inference_mode()
 def _input_codes(
     workspace: Workspace, batches: Sequence[Labelled]
@@ -98,8 +114,11 @@ def _input_codes(
     }
 
 
-def _round(module: nn.Module, bits: int, group: int, codes: InputCodes | None) -> QuantizedLinear:
+def _round(
+    module: nn.Module, bits: int, group: int, chosen: Mapping[nn.Linear, InputCodes | None]
+) -> QuantizedLinear:
     assert isinstance(module, nn.Linear)
+    codes = chosen[module]
     shape = (module.in_features, module.out_features)
     bias, static = module.bias is not None, codes is not None
     smooth = None if codes is None else codes.smooth

@@ -38,18 +38,19 @@ def recover(
     steps: int,
     *,
     learning_rate: float = 5e-5,
+    exactly: bool = False,
     tell: Callable[[int, float], None] = lambda step, loss: None,
 ) -> list[float]:
     """Train a model's layers and head in place; weights that are 0 stay 0.
 
-    Matrices are multiplied in bfloat16 where the CPU does that faster. How far it is goes to the
-    log now and then.
+    Matrices are multiplied in bfloat16 where the CPU does that faster, unless `exactly`. How far
+    it is goes to the log now and then.
 
     Returns the loss of every step.
     """
     trained = _Trained(student, learning_rate)
     losses = []
-    fast = multiplies_bfloat16(torch.device("cpu"))
+    fast = not exactly and multiplies_bfloat16(torch.device("cpu"))
     told = time.monotonic()
     for step in range(steps):
         trained.set_rate(step, steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,8 @@ class Options:
         limit: at most so many of each file of `evaluate`.
         group_size: inputs, or values of a word's embedding, that share a scale, below 8 bits.
         second_order: sensitivity by the Fisher diagonal rather than by the gradient.
-        recover_steps: of distillation after pruning or factorising; 0: none.
+        recover_steps: of distillation after pruning or factorising, and through the rounding of a
+            quantisation that is static or has fewer than 8 bits; 0: none.
         recover_rate: the learning rate that this begins with; it falls to 0.
         recover_questions: at most so many of each file of `calibrate` are recovered on; 0: those
             that are calibrated on, which need not be as many.
@@ -134,15 +136,34 @@ def apply_step(
     """
     done: dict[str, Any] = {}
     teacher = None
-    if step.takes_away and options.recover_steps:
+    if (step.takes_away or step.rounds_coarsely) and options.recover_steps:
         teacher = Workspace.open(workspace.directory)
+
+    def train(*, exactly: bool = False) -> None:
+        assert teacher is not None
+        losses = recover(
+            workspace,
+            teacher,
+            recovering or batches,
+            options.recover_steps,
+            learning_rate=options.recover_rate,
+            exactly=exactly,
+        )
+        tenth = max(1, len(losses) // 10)
+        done["recovery_loss"] = [
+            round(sum(part) / tenth, 4) for part in (losses[:tenth], losses[-tenth:])
+        ]
+
     if step.kind == "quantize":
+        trains = teacher is not None and not options.private
         quantize(
             workspace,
             int(step.value),
             static=step.static,
             batches=batches,
             group=options.group_size,
+            # In bfloat16 the rounding that it is to learn would be one of two.
+            train=partial(train, exactly=True) if trains else None,
         )
         return done
     if step.kind == "words":
@@ -177,17 +198,7 @@ def apply_step(
             learning_rate=options.recover_rate,
         )
     elif teacher is not None:
-        losses = recover(
-            workspace,
-            teacher,
-            recovering or batches,
-            options.recover_steps,
-            learning_rate=options.recover_rate,
-        )
-        tenth = max(1, len(losses) // 10)
-        done["recovery_loss"] = [
-            round(sum(part) / tenth, 4) for part in (losses[:tenth], losses[-tenth:])
-        ]
+        train()
     return done
 
 
@@ -199,12 +210,13 @@ def check(steps: Sequence[Step], options: Options) -> None:
     """
     needing = [str(step) for step in steps if step.needs_questions]
     recovers = bool(options.recover_steps) and any(step.takes_away for step in steps)
+    rounds = bool(options.recover_steps) and any(step.rounds_coarsely for step in steps)
     if options.private and not recovers:
         raise CompressionError(
             "private questions are for recovery only; give --recover-steps, and a method that "
             "prunes, factorises or decomposes"
         )
-    if recovers and not options.private:
+    if (recovers or rounds) and not options.private:
         needing.append("recovery")
     if needing and not options.calibrate:
         raise CompressionError(

@@ -82,12 +82,13 @@ def make(run: Run, method: str, out: Path) -> Made:
         workspace = Workspace.open(run.source)
         batches = _calibration(run)
         recovering = [step for step in steps if step.takes_away]
+        trains = recovering or any(step.rounds_coarsely for step in steps)
         private = None
         if run.options.private:
             tokenizer = load_tokenizer(run.source)
             private = PrivateRecovery.of(tokenizer, len(recovering), run.options)
         others: tuple[Labelled, ...] = ()
-        if recovering and run.options.recover_steps and private is None:
+        if trains and run.options.recover_steps and private is None:
             others = _recovering(run)
         details = {
             str(step): apply_step(workspace, step, batches, run.options, private, others)
@@ -98,7 +99,7 @@ def make(run: Run, method: str, out: Path) -> Made:
             "calibration_questions": run.options.calibration_questions if batches else 0,
             "group_size": run.options.group_size,
             "second_order": run.options.second_order,
-            "recover_steps": run.options.recover_steps if recovering else 0,
+            "recover_steps": run.options.recover_steps if trains else 0,
             "recover_rate": run.options.recover_rate,
             "recover_questions": run.options.recover_questions,
             "source_fingerprint": model_fingerprint(run.source),

@@ -15,10 +15,16 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def quantize_groups(
     weight: torch.Tensor, bits: int, group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round float [out, in] to packed codes of `bits` bits, with a scale per `group` inputs.
+    """Round float [out, in] to packed codes of `bits` bits; what `PackedLinear` holds."""
+    codes, scale = group_codes(weight, bits, group)
+    return pack_codes(codes, bits), scale
+
+
+def group_codes(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round float [out, in] to int8 codes of `bits` bits, with a float32 scale per `group` inputs.
 
     The scale of a group is the one of a few fractions of its greatest weight that leaves the
-    least squared error. Returns what `PackedLinear` holds.
+    least squared error.
     """
     outputs, inputs = weight.shape
     groups = -(-inputs // group)
@@ -36,7 +42,7 @@ def quantize_groups(
         scale = torch.where(error < best, tried, scale)
         best = torch.minimum(error, best)
     codes = (blocks / scale).round().clamp(-top - 1, top).view(outputs, -1)[:, :inputs]
-    return pack_codes(codes.to(torch.int8), bits), scale.squeeze(2)
+    return codes.to(torch.int8), scale.squeeze(2)
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
