@@ -55,6 +55,21 @@ class StageObserver:
         """Counts sequences that left their batch here."""
         self._dropped.add(count, {**self._labels, "miaotui.drop.reason": code})
 
+    def looked(self, batch: Batch, began: float, ended: float, found: int) -> None:
+        """Reports a look for a batch's passages elsewhere, which took from `began` to `ended`."""
+        begin, end = _time_of_day(began, ended)
+        for meta in batch.sequences:
+            context = extract_context(meta.trace)
+            parent = trace.get_current_span(context).get_span_context()
+            if parent.is_valid and parent.trace_flags.sampled:
+                attributes = {"miaotui.stage": self.stage, "miaotui.passages.found": found}
+                self._tracer.start_span(
+                    f"stage {self.stage} passages",
+                    context=context,
+                    attributes=attributes,
+                    start_time=begin,
+                ).end(end)
+
     def computed(self, batch: Batch, started: float, finished: float) -> None:
         """Reports a batch computed from `started` to `finished` (`time.monotonic()`)."""
         tokens = batch.tokens

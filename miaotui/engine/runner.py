@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,8 +30,11 @@ log = logging.getLogger(__name__)
 class Passages(Protocol):
     """Where replicas of stage 0 share what they have computed of passages."""
 
-    async def find(self, inputs: StageBatch, /) -> Mapping[bytes, torch.Tensor]:
-        """Return what it has of a batch's passages, as `StageBatch.found`. Never raises."""
+    async def find(self, inputs: StageBatch, /) -> Mapping[bytes, torch.Tensor] | None:
+        """Return what it has of a batch's passages, as `StageBatch.found`. Never raises.
+
+        None where there was nothing to look for.
+        """
         ...
 
 
@@ -63,7 +67,11 @@ class StageRunner:
         if batch.sequences:
             inputs = _stage_batch(batch, jobs)
             if jobs is not None and self._passages is not None:
-                inputs = replace(inputs, found=await self._passages.find(inputs))
+                began = time.monotonic()
+                found = await self._passages.find(inputs)
+                if found is not None:
+                    self.observer.looked(batch, began, time.monotonic(), len(found))
+                inputs = replace(inputs, found=found)
             batch.hidden = await self._run(batch, inputs)
 
     async def decode(

@@ -90,6 +90,7 @@ class SharedPassages:
         self._queue: asyncio.Queue[tuple[bytes, torch.Tensor]] = asyncio.Queue()
         self._waiting = 0
         self._lock = threading.Lock()
+        self._closed = False
         self._writer = self._loop.create_task(self._write())
         cache.on_computed = self.keep
 
@@ -98,8 +99,11 @@ class SharedPassages:
         """Whether Redis is being used now."""
         return self._backend.healthy
 
-    async def find(self, inputs: StageBatch) -> dict[bytes, torch.Tensor]:
-        """What Redis has of the passages that are not in memory, by their names."""
+    async def find(self, inputs: StageBatch) -> dict[bytes, torch.Tensor] | None:
+        """What Redis has of the passages that are not in memory, by their names.
+
+        None: it was not asked, because all are in memory, or too large, or it does not answer.
+        """
         try:
             return await self._find(inputs)
         except Exception:
@@ -107,9 +111,9 @@ class SharedPassages:
             log.exception("could not look for passages in Redis")
             return {}
 
-    async def _find(self, inputs: StageBatch) -> dict[bytes, torch.Tensor]:
+    async def _find(self, inputs: StageBatch) -> dict[bytes, torch.Tensor] | None:
         if inputs.input_ids is None or not self._backend.healthy:
-            return {}
+            return None
         ids, types = inputs.input_ids, inputs.token_type_ids
         parts = divide(inputs.lengths, types)
         names = passage_names(parts, ids, types, inputs.salts)
@@ -122,7 +126,7 @@ class SharedPassages:
             and name not in self._cache
         }
         if not wanted:
-            return {}
+            return None
         keys = {name: self._key(name) for name in wanted}
         until = self._loop.time() + self._timeout
         values = await asyncio.gather(*(self._get(key, until) for key in keys.values()))
@@ -148,6 +152,8 @@ class SharedPassages:
     async def close(self) -> None:
         """Drops what waits, and closes the connections."""
         self._cache.on_computed = None
+        # The client of Redis now and then swallows a cancellation.
+        self._closed = True
         self._writer.cancel()
         await asyncio.gather(self._writer, return_exceptions=True)
         await self._backend.close()
@@ -177,7 +183,7 @@ class SharedPassages:
         return self._sealer.wrap(key, pack(hidden))
 
     async def _write(self) -> None:
-        while True:
+        while not self._closed:
             name, hidden = await self._queue.get()
             try:
                 key = self._key(name)

@@ -31,7 +31,7 @@ from tests.bench.engines import ENGINES, why_not
 from tests.bench.growth import GROWTH
 from tests.bench.sides import Side, SideError, bare, litserve, miaotui, row
 from tests.bench.tables import plot, print_cells, sections, write_markdown
-from tests.bench.workload import QUESTION_SETS, Workload, held_out, made
+from tests.bench.workload import QUESTION_SETS, Workload, held_out, made, trained_on
 
 SERVED = ("onnxruntime-int8", "openvino-bf16", "openvino-int8")
 REFERENCE = "transformers"
@@ -57,8 +57,7 @@ def _checkpoints(
     if data is None:
         skipped.append(("Miaotui int8-static", "no questions to calibrate on: give --data"))
     else:
-        files = [data / name for name in ("wiki.json", "cmrc_trial.json")]
-        files = [file for file in files if file.exists()] or sorted(data.glob("*.json"))[:2]
+        files = trained_on(data, folder)
         compress_model(model, folder / "static", method="words=4,int8-static", calibrate=files)
         found["Miaotui int8-static"] = (folder / "static", "auto")
     return found
@@ -152,7 +151,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--questions", type=int, default=160)
     parser.add_argument(
-        "--scored", type=int, default=400, help="questions by which answers are judged"
+        "--scored", type=int, default=1000, help="questions by which answers are judged"
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="written after each part")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from miaotui.training.data import squad
 from miaotui.training.glosses import is_han
 from miaotui.training.scorer import best_scores
 from tests.bench.questions import questions
@@ -51,3 +53,15 @@ def held_out(data: Path, count: int, seed: int) -> Workload:
         bodies.append({"question": question.text, "context": text})
         truths.append(tuple(text[answer.start : answer.end] for answer in question.answers))
     return Workload(bodies, truths)
+
+
+def trained_on(data: Path, out: Path) -> list[Path]:
+    """Of each set of a folder of SQuAD files, a file of what the bundled model was trained on."""
+    corpus = read_questions(data)
+    files = []
+    for domain in sorted({passage.domain for passage in corpus.passages}):
+        file = out / f"{domain}.json"
+        questions = corpus.select("train", domain)
+        file.write_text(json.dumps(squad(corpus, questions), ensure_ascii=False), encoding="utf-8")
+        files.append(file)
+    return files

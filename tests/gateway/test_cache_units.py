@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -260,6 +261,22 @@ async def test_failures_that_go_on_open_the_breaker_whatever_probes_say(
     assert opened >= 2
     await breaker.close()
     assert [r.getMessage().split(" (")[0] for r in caplog.records] == ["Redis does not work"]
+
+
+async def test_a_breaker_closes_though_its_probe_swallows_the_cancellation() -> None:
+    probing = asyncio.Event()
+
+    async def probe() -> bool:
+        probing.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return False
+
+    breaker = Breaker("Redis", probe, pause=0.01)
+    breaker.failed("no reply")
+    await probing.wait()
+    async with asyncio.timeout(60):
+        await breaker.close()
 
 
 class Work:

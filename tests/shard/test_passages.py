@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import signal
 import time
 from collections import Counter
@@ -18,10 +19,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 from redis.asyncio import Redis
 
+from miaotui.engine.batch import Batch, CancelledSet, SequenceMeta
+from miaotui.engine.runner import StageRunner
+from miaotui.engine.scheduler import Job
+from miaotui.engine.worker import ComputeWorker
 from miaotui.models.stage import StageBatch, StageModel
 from miaotui.v1 import shard_pb2 as pb
 from miaotui.v1 import shard_pb2_grpc
@@ -128,7 +136,7 @@ async def test_what_opens_for_whom(model: Path, redis_server: RedisServer) -> No
             expected = writer.run(asked)
             (key,) = await until_written(redis, 1)
             # What is in memory is not asked for.
-            assert await passages.find(asked) == {}
+            assert await passages.find(asked) is None
         value = await redis.get(key)
         assert isinstance(value, bytes)
         assert 0 < await redis.ttl(key) <= 3600
@@ -136,6 +144,7 @@ async def test_what_opens_for_whom(model: Path, redis_server: RedisServer) -> No
         assert ids not in key + value
         async with shared(model, redis_server.url) as (reader, passages):
             found = await passages.find(asked)
+            assert found is not None
             assert len(found) == 1
             assert reader.passages is not None
             logits = reader.run(replace(asked, found=found))
@@ -158,7 +167,35 @@ async def test_what_opens_for_whom(model: Path, redis_server: RedisServer) -> No
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.02)
         async with shared(model, redis_server.url, **encrypted) as (_, passages):
-            assert len(await passages.find(asked)) == 1
+            assert len(await passages.find(asked) or {}) == 1
+
+
+async def test_a_look_has_a_span_of_its_own(model: Path, redis_server: RedisServer) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    asked = batch()
+    assert asked.input_ids is not None
+    assert asked.token_type_ids is not None
+    ids, types = asked.input_ids.numpy(), asked.token_type_ids.numpy()
+    trace = {"traceparent": f"00-{'1' * 32}-{'2' * 16}-01"}
+    async with shared(model, redis_server.url) as (loaded, passages):
+        worker = ComputeWorker(loaded)
+        runner = StageRunner(worker, stage=0, passages=passages)
+        runner.observer._tracer = provider.get_tracer("test")
+        for number in (1, 2):  # the second finds it in memory, and need not look
+            job = Job(SequenceMeta(str(number), 0, LENGTH, math.inf, trace), ids, types, b"")
+            await runner.compute(Batch(number, [job.meta]), CancelledSet(), [job])
+        await asyncio.sleep(0)  # spans of the computation come a turn of the loop later
+        runner.close()
+    spans = exporter.get_finished_spans()
+    names = Counter(span.name for span in spans)
+    assert (names["stage 0 passages"], names["stage 0 compute"]) == (1, 2)
+    (look,) = (span for span in spans if span.name == "stage 0 passages")
+    assert look.attributes is not None
+    assert look.attributes["miaotui.passages.found"] == 0
+    assert look.parent is not None
+    assert f"{look.parent.trace_id:032x}" == "1" * 32
 
 
 async def test_large_passages_are_neither_written_nor_read(
@@ -178,9 +215,9 @@ async def test_large_passages_are_neither_written_nor_read(
             writer.run(batch())
             await until_written(redis, 2)
         async with shared(model, redis_server.url, **small) as (_, passages):
-            assert await passages.find(batch()) == {}
+            assert await passages.find(batch()) is None
         async with shared(model, redis_server.url) as (_, passages):
-            assert len(await passages.find(batch())) == 1
+            assert len(await passages.find(batch()) or {}) == 1
 
 
 async def test_a_redis_that_hangs_is_left_alone_until_it_answers(
@@ -197,11 +234,11 @@ async def test_a_redis_that_hangs_is_left_alone_until_it_answers(
             deadline = time.monotonic() + PATIENT
             while passages.healthy:
                 assert time.monotonic() < deadline
-                assert await passages.find(asked) == {}
+                assert not await passages.find(asked)
             # Nothing waits for it: not even a turn of the loop.
             with pytest.raises(StopIteration) as result:
                 passages.find(asked).send(None)
-            assert result.value.value == {}
+            assert result.value.value is None
             redis_server.signal(signal.SIGCONT)
             deadline = time.monotonic() + PATIENT
             while not await passages.find(asked):
