@@ -93,6 +93,8 @@ async def _engines(options: argparse.Namespace, console: Console, save: Save) ->
         for engine in options.served:
             add(f"{engine} behind LitServe", _served, engine)
         found = _checkpoints(options.model, folder, options.data, skipped)
+        for given in options.checkpoint:
+            found[f"Miaotui {given.name}"] = (given, "auto")
         for name, (model, dtype) in found.items():
             console.print(f"starting {name}")
             side, _ = await miaotui(stack, name, model, options.stages, dtype=dtype)
@@ -153,14 +155,22 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--scored", type=int, default=1000, help="questions by which answers are judged"
     )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        action="append",
+        default=[],
+        help="a further checkpoint that Miaotui serves, under its folder's name; may be repeated",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="written after each part")
     parser.add_argument("--resume", action="store_true", help="keep the parts that --json has")
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", type=Path, help="questions a second against F1: .svg or .png")
     options = parser.parse_args()
-    if not (options.model / "config.json").exists():
-        parser.error(f"{options.model} has no config.json: it is no model directory")
+    for folder in (options.model, *options.checkpoint):
+        if not (folder / "config.json").exists():
+            parser.error(f"{folder} has no config.json: it is no model directory")
     if options.resume and not options.json:
         parser.error("--resume needs --json FILE, the report to go on with")
     if min(options.at_once) < 1:

@@ -117,6 +117,8 @@ class Row:
     f1: float | None
     parts: dict[str, float] = field(default_factory=dict)
     """CPU milliseconds a question of each of Miaotui's services."""
+    f1_error: float | None = None
+    """The standard error of how the F1 differs from the reference's."""
 
 
 def family(roots: Sequence[psutil.Process]) -> list[psutil.Process]:
@@ -154,6 +156,7 @@ def row(side: Side, at_once: int, reference: Sequence[str], scored: Workload) ->
         100 * statistics.fmean(a == b for a, b in zip(side.scored, reference, strict=True)),
         scored.f1(side.scored),
         {name: 1e3 * spent / of.asked for name, spent in of.parts.items()},
+        scored.f1_error(side.scored, reference),
     )
 
 

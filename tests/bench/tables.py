@@ -12,6 +12,8 @@ from rich.table import Table
 Cells = list[list[str]]
 """The heading, then the lines."""
 SERVED_TARGET, BARE_TARGET = 1.5, 1.2
+# Miaotui's sides that have the peers' weights, but for the rounding.
+SAME_WEIGHTS = ("float32", "bfloat16", "int8", "int8-static")
 
 
 def _number(value: float | None, digits: int = 0) -> str:
@@ -20,7 +22,7 @@ def _number(value: float | None, digits: int = 0) -> str:
 
 def engine_cells(rows: Sequence[Mapping[str, Any]]) -> Cells:
     """All sides at all concurrencies."""
-    cells = [["side", "at once", "q/s", "p50 ms", "p99 ms", "cores", "MB", "equal %", "F1"]]
+    cells = [["side", "at once", "q/s", "p50 ms", "p99 ms", "cores", "MB", "equal %", "F1", "±"]]
     cells += [
         [
             row["name"],
@@ -32,6 +34,7 @@ def engine_cells(rows: Sequence[Mapping[str, Any]]) -> Cells:
             _number(row["memory"]),
             _number(row["equal"], 1),
             _number(row["f1"], 1),
+            _number(row.get("f1_error"), 1),
         ]
         for row in sorted(rows, key=lambda row: (row["at_once"], -row["questions_a_second"]))
     ]
@@ -52,9 +55,13 @@ def _cell(value: float | str | None) -> str:
 def verdict(rows: Sequence[Mapping[str, Any]], at_once: int = 32) -> list[str]:
     """The target for uncached questions at this concurrency, in words.
 
-    Of Miaotui's sides, the fastest within 0.5 F1 of its float32 counts.
+    Of Miaotui's sides with the peers' weights, the fastest within 0.5 F1 of its float32 counts.
     """
-    ours = [row for row in rows if row["kind"] == "miaotui" and row["at_once"] == at_once]
+    ours = [
+        row
+        for row in rows
+        if row["at_once"] == at_once and row["name"] in [f"Miaotui {n}" for n in SAME_WEIGHTS]
+    ]
     plain = next((row["f1"] for row in ours if row["name"] == "Miaotui float32"), None)
     ours = [row for row in ours if plain is None or row["f1"] >= plain - 0.5]
     if not ours:
@@ -91,7 +98,7 @@ def smaller(
     small = [
         row
         for name, row in ours.items()
-        if name.startswith("int") and (least is None or row["f1"] >= least)
+        if name not in ("float32", "bfloat16") and (least is None or row["f1"] >= least)
     ]
     if whole is None or not small:
         return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import shutil
 import threading
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from tests.bench.tables import (
     where,
     write_markdown,
 )
+from tests.bench.workload import Workload
 from tests.checkpoints import make_checkpoint
 
 
@@ -158,6 +160,25 @@ def test_the_targets_are_judged_by_the_fastest_that_loses_half_a_point_at_most()
     assert "missed" in served
     assert "1.25 times the best bare peer" in bare
     assert "reached" in bare
+
+
+def test_a_checkpoint_of_other_weights_is_not_compared_with_peers() -> None:
+    pruned = _row("Miaotui pruned", "miaotui", 200, 80.0)
+    assert verdict([pruned, *ROWS]) == verdict(ROWS)
+    parameters = {"Miaotui bfloat16": 48, "Miaotui int8-static": 24, "Miaotui pruned": 12}
+    assert smaller([pruned, *ROWS], parameters)[0].startswith("Miaotui pruned holds 0.25")
+
+
+def test_the_standard_error_of_a_difference_in_f1() -> None:
+    truths: list[tuple[str, ...]] = [("b c",), ("d",), ("e",), ("f",)]
+    work = Workload([{}] * 4, truths)
+    exact, half, wrong = ["b c", "d", "e", "f"], ["b", "d", "e", "f"], ["b", "d", "e", "x"]
+    assert work.f1(exact) == 100
+    assert work.f1_error(exact, exact) == 0
+    # F1 of "b" for "b c" is 2/3: differences of -1/3, 0, 0, 0, and of -1/3, 0, 0, -1.
+    assert work.f1_error(half, exact) == pytest.approx(100 / 3 / 4)
+    assert work.f1_error(wrong, exact) == pytest.approx(100 * math.sqrt(2 / 9) / 2)
+    assert Workload([{}], []).f1_error(["b"], ["b"]) is None
 
 
 def test_the_smaller_model_is_the_fastest_that_loses_one_point_at_most() -> None:

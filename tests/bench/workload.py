@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -29,12 +30,20 @@ class Workload:
 
     def f1(self, texts: Sequence[str]) -> float | None:
         """Mean F1 in percent; `None` where no answers are known."""
-        if not self.truths:
+        return 100 * statistics.fmean(self._each(texts)) if self.truths else None
+
+    def f1_error(self, texts: Sequence[str], others: Sequence[str]) -> float | None:
+        """The standard error, in points, of how much better these texts' F1 is than others'."""
+        if len(self.truths) < 2:
             return None
-        return 100 * statistics.fmean(
+        pairs = zip(self._each(texts), self._each(others), strict=True)
+        return 100 * statistics.stdev(a - b for a, b in pairs) / math.sqrt(len(self.truths))
+
+    def _each(self, texts: Sequence[str]) -> list[float]:
+        return [
             best_scores(text, truth, "zh" if any(map(is_han, truth[0])) else "en")[1]
             for text, truth in zip(texts, self.truths, strict=True)
-        )
+        ]
 
 
 def made(count: int, seed: int) -> Workload:
