@@ -148,11 +148,12 @@ for the top layer and {config.layer_decay:g} times that for each layer below,
 {config.rate_words:g} for the base's embeddings, {config.rate_new:g} for the new rows; warm-up
 {config.warmup} steps, constant to step {config.decay_from}, then falling linearly, to be zero at
 step {config.steps}. Weights shipped: running average (decay {config.average:g}). Loss: cross
-entropy of start and end against the votes of all annotators.
+entropy of start and end against the votes of all annotators; in {config.finish} last steps, at
+{config.finish_factor:.0%} of the rates and falling to zero, against the first annotator's answer.
 Windows: crops of {config.crop_low} to {config.crop_first} passage tokens at first, rising, up to
 {config.crop_late} from step {config.late_from} on. {config.unanswerable:.0%}, later
-{config.unanswerable_late:.0%} of the questions are paired with a passage, or a part of their own,
-that does not answer them.
+{config.unanswerable_late:.0%} and at last {config.unanswerable_finish:.0%} of the questions are
+paired with a passage, or a part of their own, that does not answer them.
 
 Chinese: {characters} characters in the vocabulary; those that differ by script only shared a row
 while they were trained. Rows start from the English glosses of the

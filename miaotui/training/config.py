@@ -43,7 +43,8 @@ class TrainConfig(BaseModel):
     align_epochs: int = 3
 
     steps: int = Field(default=9000, description="the rate comes to zero here")
-    stop: int = Field(default=9000, description="the run ends here, at or before steps")
+    finish: int = Field(default=600, description="steps after that, of one annotator's answers")
+    stop: int | None = Field(default=None, description="the run ends here, at the latest")
     warmup: int = 200
     decay_from: int = Field(default=7200, description="the rate falls to 0 from here")
     late_from: int = Field(default=7200, description="the late mixture is drawn from here")
@@ -59,7 +60,8 @@ class TrainConfig(BaseModel):
     crop_late: int = Field(default=320, description="most of them from late_from on")
     unanswerable: float = Field(default=0.12, description="share of wrong passages")
     unanswerable_late: float = Field(default=0.2, description="the same from late_from on")
-    mask: float = Field(default=0.12, description="share of Chinese tokens masked")
+    unanswerable_finish: float = Field(default=0.12, description="the same in the last steps")
+    mask: float = Field(default=0.12, description="share of Chinese tokens masked before those")
     mask_weight: float = 0.3
 
     rate: float = 2e-4
@@ -67,6 +69,7 @@ class TrainConfig(BaseModel):
     rate_words: float = 5e-5
     rate_new: float = 5e-4
     rate_heads: float = 6e-4
+    finish_factor: float = Field(default=0.12, description="of all rates, in the last steps")
     weight_decay: float = 0.01
     clip: float = 1.0
     dropout: float = 0.1
@@ -79,6 +82,12 @@ class TrainConfig(BaseModel):
     evaluate_questions: int = 50
     checkpoint_every: int = 300
 
+    @property
+    def end(self) -> int:
+        """The step after which the run is over."""
+        whole = self.steps + self.finish
+        return whole if self.stop is None else min(self.stop, whole)
+
     def crop(self, step: int) -> int:
         """Most passage tokens in a window drawn at ``step``."""
         if step >= self.late_from:
@@ -87,7 +96,9 @@ class TrainConfig(BaseModel):
         return round(self.crop_first + part * (self.crop_last - self.crop_first))
 
     def factor(self, step: int) -> float:
-        """What the learning rates are multiplied by at ``step``: warm up, stay, fall."""
+        """What the learning rates are multiplied by at ``step``: warm up, stay, fall, finish."""
+        if step >= self.steps:
+            return self.finish_factor * (self.steps + self.finish - step) / max(1, self.finish)
         if step < self.warmup:
             return (step + 1) / self.warmup
         if step < self.decay_from:

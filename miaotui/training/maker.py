@@ -30,12 +30,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Draw:
-    """How a window is drawn: crop size, shares of wrong passages and of masked tokens."""
+    """How a window is drawn: crop size, shares of wrong passages and of masked tokens.
+
+    ``one_answer``: of several annotators' answers the first alone counts. Votes for a short and a
+    long one teach to begin where the one does and to end where the other does.
+    """
 
     crop_low: int
     crop_high: int
     unanswerable: float
     mask: float
+    one_answer: bool = False
 
 
 class Maker:
@@ -57,6 +62,8 @@ class Maker:
             ids = self._without_answer(question, draw, rng)
             return self._assemble(question, ids, [], draw, rng)
         ids = self.encoded.passages[corpus.questions[question].passage].ids
+        if draw.one_answer:
+            spans = spans[:1]
         if home.domain == "qamr":
             ids, spans = self._among_others(question, ids, spans, draw, rng)
         size = rng.randint(min(draw.crop_low, draw.crop_high), draw.crop_high)

@@ -174,12 +174,12 @@ class Trainer:
         self.model.train()
 
     def run(self, until: int | None = None) -> None:
-        """Train until ``config.stop`` or, with a checkpoint, only ``until`` a step before.
+        """Train until ``config.end`` or, with a checkpoint, only ``until`` a step before.
 
         SIGTERM or SIGINT writes a checkpoint and returns after the step in hand.
         """
         config = self.config
-        end = min(config.stop, config.steps)
+        end = config.end
         last = end if until is None else min(until, end)
         previous = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
         self.model.train()
@@ -297,7 +297,7 @@ class Trainer:
 
     def _report(self, window: list[tuple[float, float, int]]) -> None:
         count = len(window)
-        left = (min(self.config.stop, self.config.steps) - self.step) * self.seconds / self.step
+        left = (self.config.end - self.step) * self.seconds / self.step
         self._log(
             {
                 "step": self.step,

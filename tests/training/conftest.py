@@ -154,10 +154,10 @@ def config(tmp_path: Path) -> TrainConfig:
     return TrainConfig(
         work=tmp_path / "run",
         seed=7,
-        steps=12,
-        stop=12,
+        steps=8,
+        finish=4,
         warmup=2,
-        decay_from=8,
+        decay_from=6,
         late_from=6,
         batch=6,
         chunk=4,

@@ -15,6 +15,7 @@ from miaotui.training.maker import Example, Maker
 from miaotui.training.noanswer import Calibration
 from miaotui.training.predict import model_logits
 from miaotui.training.report import em_f1, measure, question_numbers, results
+from miaotui.training.sampler import Sampler
 from miaotui.training.vocab import Vocabulary
 from tests.training.conftest import tiny_trainer
 
@@ -36,7 +37,7 @@ def test_resumed_equals_uninterrupted(
 
     # Stop in the middle of a chunk (step 6 of 4 + 4 + 4), then at a chunk's end, then finish.
     broken = config.model_copy(update={"work": tmp_path / "broken"})
-    for stop in (6, 8, config.steps):
+    for stop in (6, 8, config.end):
         part = tiny_trainer(maker, vocabulary, numbers, broken)
         if part.checkpoint_path.exists():
             part.resume()
@@ -60,7 +61,7 @@ def test_loss_falls_and_answers_come_out(
     config = config.model_copy(
         update={
             "steps": 240,
-            "stop": 240,
+            "finish": 0,
             "warmup": 10,
             "decay_from": 160,
             "average": 0.9,
@@ -90,10 +91,32 @@ def test_all_annotators_vote() -> None:
     assert batch.types.tolist() == [[0, 0, 0, 1, 1, 1], [0] * 6]
 
 
-def test_rates_warm_up_stay_and_fall(config: TrainConfig) -> None:
+def test_the_last_steps_take_the_first_annotators_answer(
+    maker: Maker,
+    numbers: dict[str, list[int]],
+    config: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before, all of them vote; and characters are masked, which they no longer are."""
+    spans = [[*found, *((a, a) for a, b in found[:1] if b > a)] for found in maker.encoded.spans]
+    monkeypatch.setattr(maker.encoded, "spans", spans)
+    sampler = Sampler(maker, numbers, config.model_copy(update={"chunk": 1, "batch": 200}))
+    voted, finishing = sampler.chunk(0)[0], sampler.chunk(config.steps)[0]
+    assert any(len(set(example.ends)) > 1 for example in voted)
+    assert any(example.masked for example in voted)
+    assert all(len(example.ends) == 1 for example in finishing)
+    assert not any(example.masked for example in finishing)
+    assert any(example.starts != [0] for example in finishing)
+
+
+def test_rates_warm_up_stay_fall_and_finish(config: TrainConfig) -> None:
+    assert (config.steps, config.end) == (8, 12)
     assert config.factor(0) == 0.5
     assert config.factor(5) == 1.0
-    assert config.factor(10) == pytest.approx(0.5)
+    assert config.factor(7) == pytest.approx(0.5)
+    assert config.factor(8) == pytest.approx(config.finish_factor)
+    assert config.factor(10) == pytest.approx(config.finish_factor / 2)
     assert config.factor(12) == 0.0
+    assert config.model_copy(update={"stop": 10}).end == 10
     assert config.crop(0) == config.crop_first
     assert config.crop(100) == config.crop_late
