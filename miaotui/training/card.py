@@ -75,7 +75,7 @@ def _weaknesses(found: Results) -> str:
     if chinese:
         mean = sum(chinese) / len(chinese)
         lines.append(
-            f"- Chinese is much the weaker language: mean character F1 {mean:.1f} on held-out "
+            f"- Chinese is the weaker language: mean character F1 {mean:.1f} on held-out "
             "questions. The base never read Chinese; all it knows of it comes from a dictionary "
             "and about 1,700 passages. Expect wrong spans on anything but plain questions."
         )
