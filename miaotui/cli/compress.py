@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.highlighter import NullHighlighter
+from rich.logging import RichHandler
 
 from miaotui.cli.shared import Json, fail
 
@@ -175,10 +178,6 @@ def compress(
         "tell": lambda text: console.print(text, style="dim", markup=False),
         "advance": lambda done, total: progress.update(bar, completed=done, total=total),
     }
-    # A recovery takes long, and tells how far it is there; in Dask's workers nobody hears it.
-    told = logging.getLogger("miaotui.compression")
-    told.setLevel(logging.INFO)
-    told.addHandler(_Printing(options["tell"]))
     found = None
     try:
         if private:
@@ -192,7 +191,7 @@ def compress(
                     batch=private_batch,
                 ),
             }
-        with progress:
+        with progress, _logged(console):
             if max_loss is None:
                 report = compress_model(model, out, method=(methods or ["int8"])[0], **options)
             else:
@@ -212,16 +211,25 @@ def compress(
     print(f"{out}: the checkpoint, with compression.json, .txt and .svg")
 
 
-class _Printing(logging.Handler):
-    """Prints what is logged, above the progress bar."""
-
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        super().__init__(logging.INFO)
-        self._tell = tell
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Takes a record."""
-        self._tell(record.getMessage())
+@contextmanager
+def _logged(console: Console) -> Iterator[None]:
+    """Shows above the progress bar how far a recovery is; in Dask's workers nobody hears it."""
+    log = logging.getLogger("miaotui.compression")
+    handler = RichHandler(
+        console=console,
+        show_time=False,
+        show_level=False,
+        show_path=False,
+        highlighter=NullHighlighter(),
+    )
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.removeHandler(handler)
 
 
 def _where(dask: str | None, *, sweeping: bool, tell: Callable[[str], None]) -> str | None:

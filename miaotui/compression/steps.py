@@ -128,11 +128,11 @@ def apply_step(
     batches: Sequence[Labelled],
     options: Options,
     private: PrivateRecovery | None = None,
-    recovering: Sequence[Labelled] = (),
+    recovering: Sequence[Labelled] | None = None,
 ) -> dict[str, Any]:
     """Do one step to a model, in place; returns what to report of it.
 
-    `batches`: to calibrate on; `recovering`: to recover on, where those are others.
+    `batches`: to calibrate on; `recovering`: to recover on, None: the same.
     """
     done: dict[str, Any] = {}
     teacher = None
@@ -144,7 +144,7 @@ def apply_step(
         losses = recover(
             workspace,
             teacher,
-            recovering or batches,
+            batches if recovering is None else recovering,
             options.recover_steps,
             learning_rate=options.recover_rate,
             exactly=exactly,

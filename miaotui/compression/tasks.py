@@ -81,17 +81,17 @@ def make(run: Run, method: str, out: Path) -> Made:
         steps = parse_method(method)
         workspace = Workspace.open(run.source)
         batches = _calibration(run)
-        recovering = [step for step in steps if step.takes_away]
-        trains = recovering or any(step.rounds_coarsely for step in steps)
+        taking = [step for step in steps if step.takes_away]
+        trains = taking or any(step.rounds_coarsely for step in steps)
         private = None
         if run.options.private:
             tokenizer = load_tokenizer(run.source)
-            private = PrivateRecovery.of(tokenizer, len(recovering), run.options)
-        others: tuple[Labelled, ...] = ()
+            private = PrivateRecovery.of(tokenizer, len(taking), run.options)
+        recovering = None
         if trains and run.options.recover_steps and private is None:
-            others = _recovering(run)
+            recovering = _labelled(run, run.options.recover_questions or None)
         details = {
-            str(step): apply_step(workspace, step, batches, run.options, private, others)
+            str(step): apply_step(workspace, step, batches, run.options, private, recovering)
             for step in steps
         }
         settings: dict[str, Any] = {
@@ -141,18 +141,14 @@ def examples(run: Run) -> tuple[Example, ...]:
     return tuple(read_examples(files, tokenizer, limit=options.limit, seed=options.seed))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # to calibrate and to recover on
+def _labelled(run: Run, limit: int | None) -> tuple[Labelled, ...]:
+    """At most `limit` questions of each file; None: as many as are calibrated on."""
+    return tuple(calibration_batches(load_tokenizer(run.source), run.options, limit))
+
+
 def _calibration(run: Run) -> tuple[Labelled, ...]:
-    return tuple(calibration_batches(load_tokenizer(run.source), run.options))
-
-
-@lru_cache(maxsize=1)
-def _recovering(run: Run) -> tuple[Labelled, ...]:
-    """What to recover on, where that is not what is calibrated on."""
-    wanted = run.options.recover_questions
-    if wanted in (0, run.options.calibration_questions):
-        return ()
-    return tuple(calibration_batches(load_tokenizer(run.source), run.options, wanted))
+    return _labelled(run, None)
 
 
 @lru_cache(maxsize=1)
@@ -162,5 +158,5 @@ def _stage(key: str, directory: Path) -> StageModel:
 
 def forget() -> None:
     """Let go of what this process keeps of the last run."""
-    for kept in (examples, _calibration, _recovering, _stage):
+    for kept in (examples, _labelled, _stage):
         kept.cache_clear()

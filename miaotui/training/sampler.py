@@ -40,10 +40,10 @@ class Sampler:
         shares = {d: s for d, s in mixture.shares().items() if self.questions.get(d)}
         domains = rng.choices(list(shares), list(shares.values()), k=config.chunk * config.batch)
         wrong = config.unanswerable_late if late else config.unanswerable
-        draw = Draw(config.crop_low, config.crop(step), wrong, config.mask)
         if finishing:
             wrong = config.unanswerable_finish
-            draw = Draw(config.crop_low, config.crop(step), wrong, mask=0.0, one_answer=True)
+        mask = 0.0 if finishing else config.mask
+        draw = Draw(config.crop_low, config.crop(step), wrong, mask, one_answer=finishing)
         examples = [self.maker.make(self._next(domain), draw, rng) for domain in domains]
         examples.sort(key=lambda e: len(e.ids))
         size = config.batch

@@ -30,7 +30,7 @@ from tests.bench.__main__ import BUNDLED, machine
 from tests.bench.engines import ENGINES, why_not
 from tests.bench.growth import GROWTH
 from tests.bench.sides import Side, SideError, bare, litserve, miaotui, row
-from tests.bench.tables import plot, print_cells, sections, write_markdown
+from tests.bench.tables import SAME_WEIGHTS, plot, print_cells, sections, write_markdown
 from tests.bench.workload import QUESTION_SETS, Workload, held_out, made, trained_on
 
 SERVED = ("onnxruntime-int8", "openvino-bf16", "openvino-int8")
@@ -171,6 +171,9 @@ def _parse() -> argparse.Namespace:
     for folder in (options.model, *options.checkpoint):
         if not (folder / "config.json").exists():
             parser.error(f"{folder} has no config.json: it is no model directory")
+    names = [*SAME_WEIGHTS, *(f"Miaotui {folder.name}" for folder in options.checkpoint)]
+    if len(set(names)) < len(names):
+        parser.error("--checkpoint: two sides of one name; call the folders otherwise")
     if options.resume and not options.json:
         parser.error("--resume needs --json FILE, the report to go on with")
     if min(options.at_once) < 1:

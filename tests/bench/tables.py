@@ -13,7 +13,7 @@ Cells = list[list[str]]
 """The heading, then the lines."""
 SERVED_TARGET, BARE_TARGET = 1.5, 1.2
 # Miaotui's sides that have the peers' weights, but for the rounding.
-SAME_WEIGHTS = ("float32", "bfloat16", "int8", "int8-static")
+SAME_WEIGHTS = tuple(f"Miaotui {n}" for n in ("float32", "bfloat16", "int8", "int8-static"))
 
 
 def _number(value: float | None, digits: int = 0) -> str:
@@ -57,11 +57,7 @@ def verdict(rows: Sequence[Mapping[str, Any]], at_once: int = 32) -> list[str]:
 
     Of Miaotui's sides with the peers' weights, the fastest within 0.5 F1 of its float32 counts.
     """
-    ours = [
-        row
-        for row in rows
-        if row["at_once"] == at_once and row["name"] in [f"Miaotui {n}" for n in SAME_WEIGHTS]
-    ]
+    ours = [row for row in rows if row["name"] in SAME_WEIGHTS and row["at_once"] == at_once]
     plain = next((row["f1"] for row in ours if row["name"] == "Miaotui float32"), None)
     ours = [row for row in ours if plain is None or row["f1"] >= plain - 0.5]
     if not ours:
