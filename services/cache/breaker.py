@@ -36,7 +36,6 @@ class Breaker:
         self._failing_since = 0.0
         self._open = False
         self._outage = False
-        self._closed = False
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -60,7 +59,7 @@ class Breaker:
         self._failures += 1
         if self._failures >= FAILURES_TO_OPEN and now - self._failing_since >= FAILING_SECONDS:
             self._trip(reason)
-        if self._task is None and not self._closed:
+        if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._heal(reason))
 
     def _trip(self, reason: str) -> None:
@@ -71,24 +70,23 @@ class Breaker:
 
     async def _heal(self, reason: str) -> None:
         try:
-            while not self._closed:
+            while True:
                 if self._open:
                     await asyncio.sleep(self._pause)
                     # Back to the start only when a call succeeds: where probes do and calls
                     # do not, this is what keeps calls from being tried all the time.
                     self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
                 if await self._probe():
-                    if self._open:
-                        self._failures = 0
-                        self._open = False
                     break
                 self._trip(reason)
+            if self._open:
+                self._failures = 0
+                self._open = False
         finally:
             self._task = None
 
     async def close(self) -> None:
-        """Ends the probing, also where the probe swallows its cancellation."""
-        self._closed = True
+        """Ends the probing."""
         if (task := self._task) is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)

@@ -30,6 +30,22 @@ return 0
 """
 
 
+async def _cancellable(operation: Awaitable[T]) -> T:
+    """Awaits an operation, and passes on the cancellation that it may swallow.
+
+    redis-py writes by `asyncio.wait_for`, which before Python 3.12 goes on as if nothing were where
+    it is cancelled just as its work is done.
+    """
+    task = asyncio.current_task()
+    assert task is not None, "a coroutine runs in a task"
+    before = task.cancelling()
+    try:
+        return await operation
+    finally:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError
+
+
 class RedisBackend:
     """Bytes in Redis with a TTL, each operation within `timeout` seconds."""
 
@@ -79,8 +95,8 @@ class RedisBackend:
         key = PREFIX + b"probe"
         try:
             async with asyncio.timeout(PROBE_SECONDS):
-                await self._redis.set(key, b"1", ex=5)
-                return bool(await self._redis.get(key) == b"1")
+                await _cancellable(self._redis.set(key, b"1", ex=5))
+                return bool(await _cancellable(self._redis.get(key)) == b"1")
         except Exception:  # noqa: BLE001 - replies that are no Redis protocol raise anything
             return False
 
@@ -94,7 +110,7 @@ class RedisBackend:
             return None
         try:
             async with asyncio.timeout(self._timeout):
-                result = await operation()
+                result = await _cancellable(operation())
         except TimeoutError:
             self._failed("timeout", "no reply in time")
             return None

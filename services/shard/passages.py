@@ -90,7 +90,6 @@ class SharedPassages:
         self._queue: asyncio.Queue[tuple[bytes, torch.Tensor]] = asyncio.Queue()
         self._waiting = 0
         self._lock = threading.Lock()
-        self._closed = False
         self._writer = self._loop.create_task(self._write())
         cache.on_computed = self.keep
 
@@ -152,8 +151,6 @@ class SharedPassages:
     async def close(self) -> None:
         """Drops what waits, and closes the connections."""
         self._cache.on_computed = None
-        # The client of Redis now and then swallows a cancellation.
-        self._closed = True
         self._writer.cancel()
         await asyncio.gather(self._writer, return_exceptions=True)
         await self._backend.close()
@@ -183,7 +180,7 @@ class SharedPassages:
         return self._sealer.wrap(key, pack(hidden))
 
     async def _write(self) -> None:
-        while not self._closed:
+        while True:
             name, hidden = await self._queue.get()
             try:
                 key = self._key(name)

@@ -19,6 +19,7 @@ from gateway.schema import QaRequest
 from miaotui.v1 import tokenizer_pb2 as tokenizer_pb
 from services.cache.breaker import Breaker
 from services.cache.codec import Sealer
+from services.cache.redis import RedisBackend
 from tests.gateway.conftest import until
 
 REQUEST = QaRequest.model_validate({"question": "When?", "context": "In 1925."})
@@ -263,20 +264,26 @@ async def test_failures_that_go_on_open_the_breaker_whatever_probes_say(
     assert [r.getMessage().split(" (")[0] for r in caplog.records] == ["Redis does not work"]
 
 
-async def test_a_breaker_closes_though_its_probe_swallows_the_cancellation() -> None:
-    probing = asyncio.Event()
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_cancellation_that_the_client_of_redis_swallows_is_passed_on(fails: bool) -> None:
+    """As redis-py does, by `asyncio.wait_for`, where its work is done at that moment."""
+    backend = RedisBackend("redis://127.0.0.1:1/0", 60, 60.0, lambda _: None)
+    waiting = asyncio.Event()
 
-    async def probe() -> bool:
-        probing.set()
+    async def operation() -> bytes:
+        waiting.set()
         with suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
-        return False
+        if fails:
+            raise ConnectionError
+        return b"done all the same"
 
-    breaker = Breaker("Redis", probe, pause=0.01)
-    breaker.failed("no reply")
-    await probing.wait()
-    async with asyncio.timeout(60):
-        await breaker.close()
+    task = asyncio.create_task(backend.guarded(operation))
+    await waiting.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await backend.close()
 
 
 class Work:
