@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from opentelemetry import metrics, trace
+from opentelemetry.context import Context
 from opentelemetry.trace import Link, SpanKind
 
 from miaotui.engine.batch import Batch, SequenceMeta
@@ -23,6 +24,13 @@ def _time_of_day(*monotonic: float) -> list[int]:
     """
     epoch = time.time_ns() - time.monotonic_ns()
     return [int(reading * 1e9) + epoch for reading in monotonic]
+
+
+def _recorded(carrier: Mapping[str, str]) -> Context | None:
+    """A request's trace context from W3C headers; None where its trace is not recorded."""
+    context = extract_context(carrier)
+    parent = trace.get_current_span(context).get_span_context()
+    return context if parent.is_valid and parent.trace_flags.sampled else None
 
 
 class StageObserver:
@@ -59,9 +67,7 @@ class StageObserver:
         """Reports a look for a batch's passages elsewhere, which took from `began` to `ended`."""
         begin, end = _time_of_day(began, ended)
         for meta in batch.sequences:
-            context = extract_context(meta.trace)
-            parent = trace.get_current_span(context).get_span_context()
-            if parent.is_valid and parent.trace_flags.sampled:
+            if (context := _recorded(meta.trace)) is not None:
                 attributes = {"miaotui.stage": self.stage, "miaotui.passages.found": found}
                 self._tracer.start_span(
                     f"stage {self.stage} passages",
@@ -190,9 +196,7 @@ class RequestObserver:
         if self._ended:
             return
         self._ended = True
-        context = extract_context(self._carrier)
-        parent = trace.get_current_span(context).get_span_context()
-        if not (parent.is_valid and parent.trace_flags.sampled):
+        if (context := _recorded(self._carrier)) is None:
             return
         attributes: dict[str, int | float | str] = {}
         if usage is not None:

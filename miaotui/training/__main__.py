@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Annotated
@@ -95,7 +94,7 @@ def split(
     data: DataOption = DEFAULTS.data,
 ) -> None:
     """Write each domain's train, dev and heldout questions as SQuAD files of their own."""
-    from miaotui.training.data import DOMAINS, SPLITS, read_corpus, squad
+    from miaotui.training.data import DOMAINS, SPLITS, read_corpus, write_squad
 
     corpus = read_corpus(data)
     out.mkdir(parents=True, exist_ok=True)
@@ -103,8 +102,7 @@ def split(
         for domain in DOMAINS:
             questions = corpus.select(part, domain.name)
             file = out / f"{part}-{domain.name}.json"
-            text = json.dumps(squad(corpus, questions), ensure_ascii=False)
-            file.write_text(text, encoding="utf-8")
+            write_squad(file, corpus, questions)
             typer.echo(f"{file}: {len(questions)} questions")
 
 

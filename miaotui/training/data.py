@@ -185,6 +185,12 @@ def squad(corpus: Corpus, questions: list[Question]) -> dict[str, Any]:
     }
 
 
+def write_squad(file: Path, corpus: Corpus, questions: list[Question]) -> None:
+    """Write questions with their passages as a SQuAD file."""
+    text = json.dumps(squad(corpus, questions), ensure_ascii=False)
+    file.write_text(text, encoding="utf-8")
+
+
 def _paragraph(text: str, questions: list[Question]) -> dict[str, Any]:
     return {
         "context": text,

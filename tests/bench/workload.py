@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import statistics
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from miaotui.training.data import squad
+from miaotui.training.data import write_squad
 from miaotui.training.glosses import is_han
 from miaotui.training.scorer import best_scores
 from tests.bench.questions import questions
@@ -70,7 +69,6 @@ def trained_on(data: Path, out: Path) -> list[Path]:
     files = []
     for domain in sorted({passage.domain for passage in corpus.passages}):
         file = out / f"{domain}.json"
-        questions = corpus.select("train", domain)
-        file.write_text(json.dumps(squad(corpus, questions), ensure_ascii=False), encoding="utf-8")
+        write_squad(file, corpus, corpus.select("train", domain))
         files.append(file)
     return files
